@@ -1,0 +1,68 @@
+"""Which kernel variant runs here: picked once, at import."""
+
+import os
+import platform
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from fastbn._cpu import supported_isas
+
+
+def available_isas() -> list[str]:
+    """Return the variants that are built and that this machine can run, slowest first."""
+    return [isa for isa in supported_isas() if find_spec(f"fastbn._kernels_{isa}")]
+
+
+def _pick() -> str:
+    available = available_isas()
+    if not available:
+        raise ImportError(
+            "fastbn: no compiled kernels beside the package; install it with `pip install .` "
+            "from the root of the checkout, which also compiles them"
+        )
+    wanted = os.environ.get("FASTBN_ISA")
+    if wanted is None:
+        return available[-1]
+    if wanted not in available:
+        raise ImportError(
+            f"FASTBN_ISA: expected one of {', '.join(available)} (what is built and what this CPU "
+            f"and its operating system can run), got {wanted!r}"
+        )
+    return wanted
+
+
+isa = _pick()
+kernels = import_module(f"fastbn._kernels_{isa}")
+
+
+def runtime_info() -> dict[str, Any]:
+    """Describe what runs: versions, machine, kernel variant, threads.
+
+    Returns
+    -------
+    dict
+        ``fastbn``, ``numpy``, ``python``: versions. ``platform``: operating system and machine.
+        ``isa``: the kernel variant in use. ``available_isas``: those that FASTBN_ISA can name.
+        ``threads``: how many threads one call uses at most.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.runtime_info()["threads"]
+    1
+    """
+    from fastbn import __version__
+
+    return {
+        "fastbn": __version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "isa": isa,
+        "available_isas": available_isas(),
+        "threads": 1,
+    }
