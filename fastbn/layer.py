@@ -100,9 +100,9 @@ class BatchNorm:
     ) -> None:
         self.num_features = _integer("num_features", num_features, least=1)
         self.axis = _integer("axis", axis)
-        if not (isfinite(eps) and eps >= 0):
+        if not (isfinite(_number("eps", eps)) and eps >= 0):
             raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
-        if momentum is not None and not 0 <= momentum <= 1:
+        if momentum is not None and not 0 <= _number("momentum", momentum) <= 1:
             raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum}")
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
@@ -334,6 +334,13 @@ def _integer(name: str, value: int, least: int | None = None) -> int:
     if least is not None and number < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
     return number
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
 
 
 def _values(name: str, value: ArrayLike, count: int) -> Array:

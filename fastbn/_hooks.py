@@ -1,0 +1,59 @@
+"""Lists of functions to call at some point, each removable through the handle it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Handle:
+    """Takes back what was registered; `remove()` does so once, and further calls do nothing.
+
+    A copy (`copy.deepcopy`, pickle) of a handle has nothing to remove.
+    """
+
+    def __init__(self, undo: Callable[[], object] | None = None) -> None:
+        self._undo = undo
+
+    def remove(self) -> None:
+        """Take back what was registered; do nothing if that has been done."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def __reduce__(self) -> tuple[type[Handle], tuple[()]]:
+        return Handle, ()
+
+
+class HookList:
+    """Hooks in the order of their registration.
+
+    A copy (`copy.deepcopy`, pickle) of the list is empty: hooks are often lambdas, which cannot be
+    pickled, or methods of objects that the copy has nothing to do with.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: dict[Handle, Callable[[Any], object]] = {}
+
+    def register(self, hook: Callable[[Any], object]) -> Handle:
+        """Append a hook and return the handle that removes it; a hook may be there twice."""
+        if not callable(hook):
+            raise TypeError(f"hook: expected a callable, got {type(hook).__name__}")
+        handle = Handle(lambda: self._hooks.pop(handle, None))
+        self._hooks[handle] = hook
+        return handle
+
+    def run(self, owner: object) -> None:
+        """Call every hook with `owner`.
+
+        A hook removed meanwhile is not called any more, one registered meanwhile not yet.
+        """
+        for handle, hook in list(self._hooks.items()):
+            if handle in self._hooks:
+                hook(owner)
+
+    def __len__(self) -> int:
+        return len(self._hooks)
+
+    def __reduce__(self) -> tuple[type[HookList], tuple[()]]:
+        return HookList, ()

@@ -1,0 +1,69 @@
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn._dispatch import available_isas
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_fastbn_isa_forces_a_variant(isa):
+    code = "import fastbn; print(fastbn.runtime_info()['isa'])"
+    assert python(code, FASTBN_ISA=isa).stdout.strip() == isa
+
+
+@pytest.mark.parametrize("isa", ["sse9", "", "AVX2"])
+def test_an_unknown_fastbn_isa_is_an_import_error(isa):
+    result = python("import fastbn", FASTBN_ISA=isa)
+    assert result.returncode != 0
+    expected = f"ImportError: FASTBN_ISA: expected one of {', '.join(available_isas())}"
+    assert expected in result.stderr
+    assert f"got {isa!r}" in result.stderr
+
+
+@pytest.mark.skipif("avx512" in available_isas(), reason="this machine runs every variant")
+def test_a_variant_that_does_not_run_here_is_an_import_error():
+    result = python("import fastbn", FASTBN_ISA="avx512")
+    assert "ImportError: FASTBN_ISA: expected one of" in result.stderr
+    assert "got 'avx512'" in result.stderr
+
+
+def test_the_fastest_variant_is_the_default():
+    environment = {k: v for k, v in os.environ.items() if k != "FASTBN_ISA"}
+    code = "import fastbn; print(fastbn.runtime_info()['isa'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == available_isas()[-1]
+
+
+def test_runtime_info_tells_what_runs():
+    info = fastbn.runtime_info()
+    assert info["fastbn"] == fastbn.__version__
+    assert info["numpy"] == np.__version__
+    assert info["python"] == platform.python_version()
+    assert info["isa"] in info["available_isas"]
+    assert info["available_isas"][0] == "baseline"
+    assert info["threads"] == 1
+
+
+def test_importing_fastbn_needs_numpy_alone():
+    code = (
+        "import sys; before = set(sys.modules); import numpy; import fastbn\n"
+        "roots = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(roots & {'sklearn', 'scipy', 'matplotlib', 'tqdm', 'torch', 'Cython'}))"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""

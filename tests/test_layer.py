@@ -1,0 +1,322 @@
+"""The layer: modes, running statistics, gradients, hooks, state, and what it refuses."""
+
+import copy
+import pickle
+import re
+import threading
+
+import numpy as np
+import pytest
+from support import assert_close
+
+import fastbn
+from fastbn import BatchNorm, reference
+
+
+def snapshot(bn):
+    return {**bn.state_dict(), **{f"grad of {name}": g.copy() for name, g in bn.grads.items()}}
+
+
+def assert_unchanged(bn, before):
+    after = snapshot(bn)
+    assert after.keys() == before.keys()
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((8, 3), 1), ((3, 8), 0), ((4, 3, 5, 5), 1), ((4, 5, 5, 3), -1)]
+)
+def test_training_follows_the_reference(variant, rng, shape, axis, dtype):
+    bn = BatchNorm(3, axis=axis, dtype=dtype, momentum=0.3)
+    bn.gamma[:], bn.beta[:] = rng.standard_normal((2, 3))
+    mean, var = np.zeros(3), np.ones(3)
+    for step in range(1, 4):
+        x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+        wanted, cache = reference.batch_norm(x, bn.gamma, bn.beta, axis=axis)
+        assert_close(bn(x), wanted)
+        gradients = reference.batch_norm_backward(dy, cache)
+        assert_close(bn.backward(dy), gradients[0])
+        assert_close(bn.grads["gamma"], gradients[1])
+        assert_close(bn.grads["beta"], gradients[2])
+        count = x.size // 3
+        mean = 0.7 * mean + 0.3 * cache.mean
+        var = 0.7 * var + 0.3 * cache.var * count / (count - 1)
+        assert bn.running_mean.dtype == bn.running_var.dtype == np.float64
+        assert_close(bn.running_mean, mean, scale=1)
+        assert_close(bn.running_var, var)
+        assert bn.num_batches_tracked == step
+
+
+def test_momentum_none_averages_all_minibatches(rng):
+    bn = BatchNorm(3, momentum=None)
+    batches = rng.standard_normal((5, 16, 3))
+    for x in batches:
+        bn(x)
+    np.testing.assert_allclose(bn.running_mean, batches.mean((0, 1)), rtol=1e-12)
+    np.testing.assert_allclose(bn.running_var, batches.var(1, ddof=1).mean(0), rtol=1e-12)
+
+
+def test_momentum_of_one_keeps_the_last_minibatch(rng):
+    bn = BatchNorm(3, momentum=1)
+    for x in rng.standard_normal((2, 16, 3)):
+        bn(x)
+    np.testing.assert_array_equal(bn.running_mean, fastbn.batch_norm(x)[1].mean)
+
+
+def test_evaluation_uses_the_running_statistics_and_leaves_them(rng):
+    bn = BatchNorm(3)
+    bn(rng.standard_normal((16, 3)) + 5)
+    bn.gamma[:], bn.beta[:] = rng.standard_normal((2, 3))
+    assert bn.eval() is bn
+    assert not bn.training
+    before = snapshot(bn)
+    x = rng.standard_normal((1, 3))  # one value per channel is enough here
+    wanted = reference.batch_norm_inference(x, bn.running_mean, bn.running_var, bn.gamma, bn.beta)
+    assert_close(bn(x), wanted)
+    assert_unchanged(bn, before)
+    assert bn(np.zeros((0, 3), np.float32)).shape == (0, 3)
+    assert bn.train() is bn
+    assert bn.training
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 5, 5), (4, 3, 30)])
+def test_backward_in_evaluation_holds_the_statistics_constant(variant, rng, shape):
+    bn = BatchNorm(3, dtype=np.float64)
+    bn(rng.standard_normal(shape) * 3 + 5)
+    bn.eval()
+    bn.gamma[:] = rng.standard_normal(3)
+    x, weight = rng.standard_normal((2, *shape))
+    bn(x)
+    dx = bn.backward(weight)
+    columns = (1, 3) + (1,) * (len(shape) - 2)
+    rstd = 1 / np.sqrt(bn.running_var + 1e-5)
+    others = tuple(i for i in range(len(shape)) if i != 1)
+    z_hat = (x - bn.running_mean.reshape(columns)) * rstd.reshape(columns)
+    assert_close(dx, weight * (bn.gamma * rstd).reshape(columns))
+    assert_close(bn.grads["gamma"], (weight * z_hat).sum(others))
+    assert_close(bn.grads["beta"], weight.sum(others))
+
+
+def test_backward_in_evaluation_is_not_moved_by_later_changes(rng):
+    bn = BatchNorm(3)
+    bn.eval()
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    bn(x)
+    wanted = bn.backward(x)
+    bn(x)
+    bn.running_var[:] = 100
+    bn.gamma[:] = 7
+    np.testing.assert_array_equal(bn.backward(x), wanted)
+
+
+def test_without_running_statistics_evaluation_uses_the_minibatch(rng):
+    bn = BatchNorm(3, track_running_stats=False)
+    assert bn.running_mean is bn.running_var is None
+    x = rng.standard_normal((6, 3))
+    trained = bn(x)
+    np.testing.assert_array_equal(bn.eval()(x), trained)
+    assert bn.state_dict().keys() == {"weight", "bias"}
+    with pytest.raises(ValueError, match="expected more than one value per channel"):
+        bn(x[:1])
+
+
+def test_without_affine_there_are_no_parameters(rng):
+    bn = BatchNorm(3, affine=False)
+    assert bn.params == bn.grads == {}
+    x = rng.standard_normal((6, 3))
+    np.testing.assert_array_equal(bn(x), fastbn.batch_norm(x)[0])
+    bn.backward(x)
+    assert bn.grads == {}
+    assert "weight" not in bn.state_dict()
+    with pytest.raises(AttributeError, match=r"gamma: this layer has none, .*affine=False"):
+        bn.gamma  # noqa: B018
+
+
+def test_parameters_are_trained_in_place(rng):
+    bn = BatchNorm(3)
+    gamma = bn.gamma
+    assert bn.params.keys() == bn.grads.keys() == {"gamma", "beta"}
+    bn.gamma -= 0.5
+    bn.params["gamma"] *= 2
+    bn.beta = [1, 2, 3]
+    assert bn.gamma is gamma is bn.params["gamma"]
+    np.testing.assert_array_equal(gamma, [1, 1, 1])
+    gradient = bn.grads["gamma"]
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    bn(x)
+    bn.backward(x)
+    assert bn.grads["gamma"] is gradient
+    assert gradient.any()
+    with pytest.raises(ValueError, match=r"gamma: expected shape \(3,\), got \(2,\)"):
+        bn.gamma = [1, 2]
+    with pytest.raises(TypeError, match="beta: expected numbers, got dtype <U1"):
+        bn.beta = ["a", "b", "c"]
+
+
+def test_grad_hooks_run_in_order_after_the_gradients_and_can_be_removed(rng):
+    bn = BatchNorm(3)
+    seen = []
+    first = bn.register_grad_hook(lambda layer: seen.append(("first", layer.grads["beta"].copy())))
+    bn.register_grad_hook(lambda layer: seen.append(("second", layer)))
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    bn(x)
+    bn.backward(np.ones_like(x))
+    assert [name for name, _ in seen] == ["first", "second"]
+    np.testing.assert_array_equal(seen[0][1], 6)
+    assert seen[1][1] is bn
+    first.remove()
+    first.remove()
+    bn.backward(x)
+    assert [name for name, _ in seen] == ["first", "second", "second"]
+
+
+def test_backward_needs_a_forward_and_a_dy_that_fits(rng):
+    bn = BatchNorm(3)
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    with pytest.raises(RuntimeError, match="backward: there was no forward pass"):
+        bn.backward(x)
+    bn(x)
+    bn.register_grad_hook(lambda layer: pytest.fail("a hook ran after an error"))
+    before = snapshot(bn)
+    with pytest.raises(ValueError, match=r"dy: expected shape \(6, 3\), as x has, got \(5, 3\)"):
+        bn.backward(x[:5])
+    with pytest.raises(TypeError, match="dy: expected dtype float32, as x has, got float64"):
+        bn.backward(x.astype(np.float64))
+    assert_unchanged(bn, before)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (np.ones((1, 3)), ValueError, "x: expected more than one value per channel"),
+        (np.ones((0, 3)), ValueError, "x: expected more than one value per channel"),
+        (np.ones((1, 3, 1, 1)), ValueError, "x: expected more than one value per channel"),
+        (np.ones((6, 4)), ValueError, "x: expected 3 channels on axis 1, got shape (6, 4)"),
+        (np.ones(3), ValueError, "x: expected 3 channels on axis 1, got shape (3,)"),
+        (np.ones((6, 3), complex), TypeError, "x: expected float32 or float64, got complex128"),
+        (np.ma.ones((6, 3)), TypeError, "x: expected an array without a mask"),
+    ],
+)
+def test_a_bad_minibatch_is_refused_and_changes_nothing(x, error, message):
+    bn = BatchNorm(3)
+    bn(np.arange(18, dtype=np.float32).reshape(6, 3))
+    before = snapshot(bn)
+    with pytest.raises(error, match=re.escape(message)):
+        bn(x)
+    assert_unchanged(bn, before)
+    assert bn.backward(np.ones((6, 3), np.float32)).shape == (6, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_features": 0}, ValueError, "num_features: expected an integer >= 1, got 0"),
+        ({"num_features": 2.5}, TypeError, "num_features: expected an integer, got float"),
+        ({"axis": "1"}, TypeError, "axis: expected an integer, got str"),
+        ({"eps": -1}, ValueError, "eps: expected a finite number >= 0, got -1"),
+        ({"eps": float("nan")}, ValueError, "eps: expected a finite number >= 0, got nan"),
+        ({"eps": "a"}, TypeError, "eps: expected a number, got str"),
+        ({"momentum": 1.5}, ValueError, "momentum: expected None or a number from 0 to 1, got 1.5"),
+        ({"momentum": -0.1}, ValueError, "momentum: expected None or a number from 0 to 1"),
+        ({"momentum": "a"}, TypeError, "momentum: expected a number, got str"),
+        ({"dtype": np.float16}, TypeError, "dtype: expected float32 or float64, got float16"),
+        ({"dtype": ">f4"}, TypeError, "dtype: expected float32 or float64, got >f4"),
+    ],
+)
+def test_bad_constructor_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        BatchNorm(**{"num_features": 3, **arguments})
+
+
+def trained(rng, **options):
+    bn = BatchNorm(3, **options)
+    bn.gamma[:], bn.beta[:] = rng.standard_normal((2, 3))
+    bn(rng.standard_normal((6, 3)))
+    return bn
+
+
+def test_state_dict_goes_round(rng):
+    bn = trained(rng)
+    state = bn.state_dict()
+    assert list(state) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert state["num_batches_tracked"] == 1
+    other = BatchNorm(3)
+    arrays = dict(other.params)
+    other.load_state_dict(state)
+    assert all(other.params[name] is array for name, array in arrays.items())
+    assert_unchanged(other, snapshot(bn))
+    state["weight"][:] = 9
+    state["running_mean"][:] = 9
+    assert not (bn.gamma == 9).any()
+    assert not (other.running_mean == 9).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": None}, ValueError, "missing: weight, unknown: none"),
+        ({"gamma": np.ones(3)}, ValueError, "missing: none, unknown: gamma"),
+        ({"bias": np.ones(4)}, ValueError, "bias: expected shape (3,), got (4,)"),
+        ({"bias": ["a", "b", "c"]}, TypeError, "bias: expected numbers, got dtype <U1"),
+        ({"running_var": np.ones((3, 1))}, ValueError, "running_var: expected shape (3,), got"),
+        ({"running_var": [1, -1, 1]}, ValueError, "running_var: expected values >= 0, got -1"),
+        ({"num_batches_tracked": 1.5}, ValueError, "num_batches_tracked: expected one integer >= 0"),
+        ({"num_batches_tracked": -1}, ValueError, "num_batches_tracked: expected one integer >= 0"),
+        ({"num_batches_tracked": [1]}, ValueError, "num_batches_tracked: expected one integer >= 0"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_whole(rng, change, error, message):
+    state = {**trained(rng).state_dict(), **change}
+    state = {name: value for name, value in state.items() if value is not None}
+    bn = trained(rng)
+    before = snapshot(bn)
+    with pytest.raises(error, match=re.escape(message)):
+        bn.load_state_dict(state)
+    assert_unchanged(bn, before)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+def test_copies_have_the_state_but_neither_hooks_nor_minibatch(rng, duplicate):
+    bn = trained(rng, momentum=None, eps=1e-3)
+    bn.register_grad_hook(lambda layer: None)
+    bn.eval()
+    twin = duplicate(bn)
+    assert repr(twin) == repr(bn)
+    assert not twin.training
+    assert_unchanged(twin, snapshot(bn))
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        twin.backward(np.ones((6, 3)))
+    twin.gamma[:] = 9
+    assert not (bn.gamma == 9).any()
+    twin.train()(rng.standard_normal((6, 3)))
+    assert (twin.num_batches_tracked, bn.num_batches_tracked) == (2, 1)
+
+
+def test_repr_tells_how_to_make_the_layer():
+    bn = BatchNorm(3, axis=-1, momentum=None, dtype=np.float64)
+    assert repr(bn) == (
+        "BatchNorm(3, axis=-1, eps=1e-05, momentum=None, affine=True, "
+        "track_running_stats=True, dtype=float64)"
+    )
+
+
+def test_layers_in_different_threads_do_not_disturb_each_other(rng):
+    x = rng.standard_normal((8, 16, 20, 20)).astype(np.float32)
+    alone = BatchNorm(16)
+    for _ in range(20):
+        alone.backward(alone(x))
+    layers = [BatchNorm(16) for _ in range(4)]
+
+    def train(bn):
+        for _ in range(20):
+            bn.backward(bn(x))
+
+    threads = [threading.Thread(target=train, args=(bn,)) for bn in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for bn in layers:
+        assert_unchanged(bn, snapshot(alone))

@@ -1,0 +1,110 @@
+"""Agreement with PyTorch and with the ONNX operator, where they are installed."""
+
+import numpy as np
+import pytest
+from support import assert_close
+
+import fastbn
+
+SHAPES = [(7,), (6, 5), (4, 3, 9), (3, 4, 5, 6), (2, 3, 4, 2, 3)]
+CASES = [
+    (shape, axis, dtype)
+    for shape in SHAPES
+    for axis in range(len(shape))
+    for dtype in (np.float32, np.float64)
+]
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch")
+
+
+def apart(actual, wanted, dtype, factor=1):
+    """Assert agreement with a peer that keeps its sums in the dtype of the elements."""
+    wanted = np.asarray(wanted, dtype=np.float64)
+    scale = factor * (np.abs(wanted).max() + 1)
+    assert_close(np.asarray(actual, dtype=np.float64), wanted, dtype, scale=4 * scale)
+
+
+@pytest.mark.parametrize(("shape", "axis", "dtype"), CASES)
+def test_functions_and_layer_agree_with_torch(torch, rng, shape, axis, dtype):
+    if np.prod(shape) == shape[axis]:
+        pytest.skip("torch refuses one value per channel, as the layer does")
+    channels = shape[axis]
+    x, dy = (2 + 3 * rng.standard_normal((2, *shape))).astype(dtype)
+    gamma, beta = rng.standard_normal((2, channels)).astype(dtype)
+
+    tx = torch.tensor(np.moveaxis(x, axis, 1), requires_grad=True)
+    kind = torch.float32 if dtype == np.float32 else torch.float64
+    layer = torch.nn.BatchNorm1d(channels, momentum=0.3, dtype=kind)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(gamma))
+        layer.bias.copy_(torch.tensor(beta))
+    bn = fastbn.BatchNorm(channels, axis=axis, momentum=0.3, dtype=dtype)
+    bn.load_state_dict(layer.state_dict())
+    tdy = torch.tensor(np.moveaxis(dy, axis, 1))
+    for mode in (True, False):
+        layer.train(mode)
+        bn.train(mode)
+        tx.grad = layer.weight.grad = layer.bias.grad = None
+        flat = tx.reshape(tx.shape[0], channels, -1)
+        ty = layer(flat).reshape(tx.shape)
+        ty.backward(tdy)
+        y = bn(x)
+        dx = bn.backward(dy)
+        # Torch's gradients cancel large sums in the dtype of x: an error of some eps of dy * rstd.
+        others = tuple(i for i in range(x.ndim) if i != axis)
+        rstd = 1 / np.sqrt(x.var(others).min() if mode else layer.running_var.min().item())
+        apart(np.moveaxis(y, axis, 1), ty.detach().numpy(), dtype, 1 + rstd)
+        apart(np.moveaxis(dx, axis, 1), tx.grad.numpy(), dtype, 8 * (1 + rstd))
+        apart(bn.grads["gamma"], layer.weight.grad.numpy(), dtype, 8)
+        apart(bn.grads["beta"], layer.bias.grad.numpy(), dtype)
+        apart(bn.running_mean, layer.running_mean.numpy(), dtype)
+        apart(bn.running_var, layer.running_var.numpy(), dtype)
+        assert bn.num_batches_tracked == layer.num_batches_tracked.item() == 1
+
+
+def test_a_torch_state_dict_is_loaded_as_it_is(torch, rng):
+    layer = torch.nn.BatchNorm2d(3)
+    layer(torch.tensor(rng.standard_normal((4, 3, 5, 5)), dtype=torch.float32))
+    bn = fastbn.BatchNorm(3)
+    bn.load_state_dict(layer.state_dict())
+    assert bn.num_batches_tracked == 1
+    np.testing.assert_array_equal(bn.running_var, layer.running_var.numpy())
+    layer.load_state_dict({k: torch.tensor(v) for k, v in bn.state_dict().items()})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(6, 5), (4, 3, 9), (3, 4, 5, 6), (2, 3, 4, 2, 3)])
+def test_agrees_with_the_onnx_operator(rng, shape, training):
+    onnx = pytest.importorskip("onnx")
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    outputs = ["y", "m", "v"] if training else ["y"]
+    node = helper.make_node(
+        "BatchNormalization", ["x", "scale", "b", "mean", "var"], outputs,
+        epsilon=1e-3, momentum=0.9, training_mode=int(training),
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node], "g",
+        [helper.make_tensor_value_info(n, floats, None) for n in node.input],
+        [helper.make_tensor_value_info(n, floats, None) for n in outputs],
+    )  # fmt: skip
+    x = rng.standard_normal(shape).astype(np.float32)
+    scale, b, mean = rng.standard_normal((3, shape[1])).astype(np.float32)
+    var = rng.random(shape[1]).astype(np.float32)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)])
+    inputs = {"x": x, "scale": scale, "b": b, "mean": mean, "var": var}
+    y, *running = evaluator(model).run(None, inputs)
+
+    # ONNX's momentum is the weight of the old value, and its running variance is biased.
+    bn = fastbn.BatchNorm(shape[1], eps=1e-3, momentum=1 - 0.9)
+    bn.gamma, bn.beta = scale, b
+    bn.running_mean[:], bn.running_var[:] = mean, var
+    apart(bn.train(training)(x), y, np.float32, 4)
+    if training:
+        count = x.size // shape[1]
+        biased = 0.9 * var + (bn.running_var - 0.9 * var) * (count - 1) / count
+        apart(bn.running_mean, running[0], np.float32)
+        apart(biased, running[1], np.float32)

@@ -1,0 +1,54 @@
+"""The reference against its formulas by other means: finite differences and hand-made numbers."""
+
+import numpy as np
+import pytest
+
+from fastbn import reference
+
+
+def test_a_case_done_by_hand():
+    y, cache = reference.batch_norm([[1.0, 10.0], [3.0, 30.0]], [2, 1], [0, 5], eps=0)
+    np.testing.assert_array_equal(cache.mean, [2, 20])
+    np.testing.assert_array_equal(cache.var, [1, 100])
+    np.testing.assert_array_equal(y, [[-2, 4], [2, 6]])
+    dx, dgamma, dbeta = reference.batch_norm_backward([[1.0, 0.0], [0.0, 2.0]], cache)
+    np.testing.assert_array_equal(dbeta, [1, 2])
+    np.testing.assert_array_equal(dgamma, [-1, 2])
+    np.testing.assert_array_equal(dx, 0)  # two values: normalised they are -1 and 1, whatever x
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5, 3), 1), ((3, 6), 0), ((3, 2, 2, 2), 1)])
+def test_gradients_agree_with_finite_differences(rng, shape, axis):
+    x, weight = rng.standard_normal((2, *shape))
+    gamma, beta = rng.standard_normal((2, shape[axis]))
+    _, cache = reference.batch_norm(x, gamma, beta, axis=axis)
+    gradients = reference.batch_norm_backward(weight, cache)
+    for array, gradient in zip((x, gamma, beta), gradients, strict=True):
+        for i in np.ndindex(array.shape):
+            value, losses = array[i], []
+            for array[i] in (value + 1e-6, value - 1e-6):
+                y, _ = reference.batch_norm(x, gamma, beta, axis=axis)
+                losses.append((y * weight).sum())
+            array[i] = value
+            numeric = (losses[0] - losses[1]) / 2e-6
+            assert gradient[i] == pytest.approx(numeric, rel=1e-6, abs=1e-7)
+
+
+def test_inference_by_the_batch_statistics_is_training(rng):
+    x = rng.standard_normal((4, 3, 5))
+    y, cache = reference.batch_norm(x, [1, 2, 3], [4, 5, 6])
+    out = np.empty_like(x)
+    same = reference.batch_norm_inference(x, cache.mean, cache.var, [1, 2, 3], [4, 5, 6], out=out)
+    assert same is out
+    np.testing.assert_array_equal(same, y)
+
+
+def test_results_are_rounded_to_the_type_of_x_once(rng):
+    x = rng.standard_normal((4, 3)).astype(">f4")
+    y, cache = reference.batch_norm(x, np.ones((3, 1)), None)
+    dx, dgamma, dbeta = reference.batch_norm_backward(x, cache)
+    assert y.dtype == dx.dtype == dbeta.dtype == np.float32
+    assert dgamma.dtype == np.float64
+    assert dgamma.shape == (3, 1)
+    wide, _ = reference.batch_norm(x.astype(np.float64))
+    np.testing.assert_array_equal(y, wide.astype(np.float32))
