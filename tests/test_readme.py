@@ -1,0 +1,52 @@
+"""What README.md and the docstrings say is run as it stands there."""
+
+import doctest
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import fastbn
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_examples_of_the_readme_run_and_learn(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    accuracies = re.findall(r"accuracy: ([\d.]+)", capsys.readouterr().out)
+    assert len(accuracies) == 2
+    assert all(float(a) > 0.9 for a in accuracies)
+
+
+@pytest.mark.parametrize("extra", ["demo", "test"])
+def test_the_commands_of_the_readme_stand_on_one_line_each(extra):
+    lines = [
+        line for line in README.read_text().splitlines() if f'pip install ".[{extra}]"' in line
+    ]
+    assert len(lines) == 1
+    assert lines[0].strip().startswith("python3 -m venv .venv && .venv/bin/pip install")
+
+
+@pytest.mark.parametrize("name", ["_dispatch", "functional", "layer", "optim", "reference"])
+def test_the_examples_of_the_docstrings_hold(name):
+    module = import_module(f"fastbn.{name}")
+    if name == "functional":  # compiled: doctest does not find the functions by itself
+        tests = {n: getattr(module, n).__doc__ for n in fastbn.__all__ if n.startswith("batch")}
+        assert len(tests) == 3
+    else:
+        tests = None
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    if tests is None:
+        found = doctest.DocTestFinder().find(module)
+    else:
+        parser = doctest.DocTestParser()
+        found = [parser.get_doctest(d, {}, n, None, 0) for n, d in tests.items()]
+    for test in found:
+        runner.run(test)
+    assert runner.failures == 0
+    assert runner.tries > 0 or name == "reference"
