@@ -116,7 +116,7 @@ def _split(train: Examples, test: Examples | None, source: str) -> Data:
         test, x, y = (x[:cut], y[:cut]), x[cut:], y[cut:]
     cut = len(x) // 10
     if not cut:
-        raise DemoError(f"{source}: expected 13 examples or more, got {len(order)}")
+        raise DemoError(f"{source}: expected enough examples to split, got {len(order)}")
     if test[0].shape[1:] != x.shape[1:]:
         raise DemoError(
             f"{source}: x_test: expected examples of shape {x.shape[1:]} as in x_train,"

@@ -273,7 +273,9 @@ def load_checkpoint(path: Path, given: Mapping[str, Any]) -> Trainer:
         trainer.optimizer.load_state_dict(_part(arrays, "optimizer."))
         trainer.rng.bit_generator.state = about["rng"]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DemoError(f"{foreign}: {one_line(error)}") from error
+        raise DemoError(
+            f"--resume {path}: damaged, or {config.data} has changed: {one_line(error)}"
+        ) from error
     return trainer
 
 

@@ -1,0 +1,377 @@
+"""The command line: output, exit statuses, every error, Ctrl-C."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.cli import main
+from fastbn.demo import train
+from fastbn.demo.train import Trainer, load_checkpoint
+
+LAST_LINE = re.compile(r"test accuracy: (\d\.\d{2,})")
+
+
+@pytest.fixture
+def blobs(tmp_path):
+    """Return options to train a small network shortly, on data that are easy to learn."""
+    for module in ("tqdm", "threadpoolctl"):
+        pytest.importorskip(module)
+    rng = np.random.default_rng(3)
+    y = np.arange(140) % 3
+    x = rng.standard_normal((3, 4, 4))[y] + 0.3 * rng.standard_normal((140, 4, 4))
+    np.savez(tmp_path / "blobs.npz", x=x, y=y)
+    return ["train", "--data", str(tmp_path / "blobs.npz"), "--hidden", "8,8", "--epochs", "3"]
+
+
+def run(argv, capsys):
+    """Return exit status, output and errors of a command."""
+    capsys.readouterr()
+    try:
+        status = main([str(word) for word in argv])
+    except SystemExit as exit_:
+        status = exit_.code or 0
+    return status, *capsys.readouterr()
+
+
+def command(*argv):
+    """Return what starts a command in a process of its own."""
+    path = [str(Path(fastbn.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return {"args": [sys.executable, "-m", "fastbn", *map(str, argv)], "env": environment}
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and path.stat().st_size > 10_000
+
+
+def test_info_prints_all_there_is_to_know(capsys):
+    status, out, err = run(["info"], capsys)
+    assert (status, err) == (0, "")
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert lines.keys() == fastbn.runtime_info().keys()
+    assert lines["numpy"] == np.__version__
+    assert lines["isa"] in lines["available_isas"].split(", ")
+
+
+def test_info_needs_no_extra():
+    code = (
+        "import sys\n"
+        "for name in ('sklearn', 'matplotlib', 'tqdm', 'threadpoolctl', 'mlxtend'):\n"
+        "    sys.modules[name] = None\n"
+        "from fastbn.cli import main\n"
+        "assert main(['info']) == 0\n"
+        "assert not any(name.startswith('fastbn.demo') for name in sys.modules)\n"
+    )
+    process = command()
+    process["args"] = [sys.executable, "-c", code]
+    subprocess.run(**process, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_version(capsys):
+    assert run(["--version"], capsys) == (0, f"fastbn {fastbn.__version__}\n", "")
+
+
+def test_help_names_every_option(capsys):
+    status, out, _ = run(["train", "--help"], capsys)
+    assert status == 0
+    fields = [train.option(name) for name in train.Config.__dataclass_fields__]
+    for option in [*fields, "--plot", "--compare", "--save", "--resume"]:
+        assert f"  {option}" in out
+
+
+def test_help_tells_the_true_defaults(capsys):
+    words = " ".join(run(["train", "--help"], capsys)[1].split())
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in train.LR.items())
+    assert f"(default: {rates})" in words
+    decays = ", ".join(f"{name} {rate:g}" for name, rate in train.DECAY_RATE.items())
+    assert f"(default: {decays})" in words
+    for options in (["mlp"], ["resnet"]):
+        hidden = ",".join(map(str, train.HIDDEN[options[0]]))
+        assert f"of the {options[0]} (default: {hidden})" in words
+    epochs = ", ".join(f"{name} {count}" for name, count in train.EPOCHS.items())
+    assert f"default: {epochs}" in words
+
+
+def test_the_module_runs(blobs):
+    done = subprocess.run(
+        **command(*blobs), check=True, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.stderr == ""
+    assert LAST_LINE.fullmatch(done.stdout.splitlines()[-1])
+
+
+def test_the_default_learns_digits(capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    status, out, err = run(["train"], capsys)
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) == 21
+    assert float(LAST_LINE.fullmatch(out.splitlines()[-1])[1]) >= 0.97
+
+
+def test_the_resnet_learns_digits(capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    status, out, _ = run(["train", "--model", "resnet", "--epochs", 3], capsys)
+    assert status == 0
+    assert float(LAST_LINE.fullmatch(out.splitlines()[-1])[1]) >= 0.95
+
+
+def test_the_seed_decides_every_bit(blobs, capsys):
+    one, same, other = (run([*blobs, "--seed", seed], capsys) for seed in (4, 4, 5))
+    assert one == same
+    assert one != other
+
+
+def test_every_option_arrives(blobs, tmp_path, capsys):
+    file = tmp_path / "run.npz"
+    options = "--model resnet --norm none --hidden 4 --optimizer momentum --lr 0.01"
+    options += " --lr-decay staircase --decay-rate 0.25 --batch-size 20 --epochs 2 --seed 3"
+    options += f" --data-dir {tmp_path} --save {file}"
+    status, _, err = run([*blobs, *options.split()], capsys)
+    assert (status, err) == (0, "")
+    config = load_checkpoint(file, {}).config
+    assert config == train.Config(
+        data=str(tmp_path / "blobs.npz"),
+        data_dir=str(tmp_path),
+        model="resnet",
+        norm="none",
+        hidden=(4,),
+        optimizer="momentum",
+        lr=0.01,
+        lr_decay="staircase",
+        decay_rate=0.25,
+        batch_size=20,
+        epochs=2,
+        seed=3,
+    )
+
+
+def test_plot(blobs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "curves.png"
+    status, out, err = run([*blobs, "--plot", path], capsys)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-2] == f"curves: {path}"
+    assert is_png(path)
+
+
+def test_compare(blobs, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run([*blobs, "--compare", "--epochs", 8], capsys)
+    assert (status, err) == (0, "")
+    assert is_png(tmp_path / "compare.png")
+    lines = out.splitlines()
+    assert lines[0] == "with batch norm:"
+    assert lines[9] == "without batch norm:"
+    assert lines[-4] == "curves: compare.png"
+    reached = r"95% validation accuracy (reached in epoch \d|not reached); on test (\d\.\d{4})"
+    assert re.fullmatch(f"without batch norm: {reached}", lines[-2])
+    with_norm = re.fullmatch(f"with batch norm: {reached}", lines[-3])
+    assert LAST_LINE.fullmatch(lines[-1])[1] == with_norm[2]
+
+
+def test_compare_goes_on_when_only_the_plain_network_diverges(blobs, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    train_epoch = Trainer.train_epoch
+
+    def diverging(self, title):
+        if self.config.norm == "none":
+            raise train.DivergedError("the loss is not finite any more")
+        return train_epoch(self, title)
+
+    monkeypatch.setattr(Trainer, "train_epoch", diverging)
+    path = tmp_path / "curves.png"
+    status, out, err = run([*blobs, "--compare", "--plot", path], capsys)
+    assert (status, err) == (0, "")
+    assert "without batch norm:\nthe loss is not finite any more\n" in out
+    assert "without batch norm: 95% validation accuracy not reached; on test" in out
+    assert is_png(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--hidden 8,x", "argument --hidden: expected positive integers like 256,128, got '8,x'"),
+        ("--epochs many", "argument --epochs: invalid int value: 'many'"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--model cnn", "--model: expected mlp or resnet, got 'cnn'"),
+        ("--norm layer", "--norm: expected batch or none, got 'layer'"),
+        ("--epochs 0", "--epochs: expected an integer from 1, got 0"),
+        ("--lr -1", "--lr: expected a positive number, got -1.0"),
+        (
+            "--data cifar",
+            "--data: expected digits, mnist5k, fashion-mnist or FILE.npz, got 'cifar'",
+        ),
+        ("--data none.npz", "no such file"),
+        (
+            "--data fashion-mnist --data-dir none",
+            "train-images-idx3-ubyte, gzipped or not, is miss",
+        ),
+        ("--plot curves.pdf", "--plot: expected the name of a .png file, got curves.pdf"),
+        ("--plot none/curves.png", "--plot none/curves.png: cannot be written"),
+        ("--save none/run.npz", "--save none/run.npz: cannot be written"),
+        ("--save .", "--save .: expected a file, got a folder or a device"),
+        ("--save BLOBS", "--save: expected another file than that of --data"),
+        ("--compare --norm none", "--compare: cannot be used with --norm, --save or --resume"),
+        ("--compare --save run.npz", "--compare: cannot be used with"),
+        ("--compare --resume run.npz", "--compare: cannot be used with"),
+        ("--resume none.npz", "--resume none.npz: no such file"),
+        ("--resume BLOBS", "not a checkpoint of `fastbn train --save`, or damaged"),
+        ("--optimizer sgd --norm none --lr 1e30", "--lr 1e+30 is too high"),
+        ("--unknown", "unrecognized arguments: --unknown"),
+    ],
+)
+def test_errors_are_one_line(options, message, blobs, tmp_path, capsys, monkeypatch):
+    if "--plot" in options or "--compare" in options:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("BLOBS", "blobs.npz") for word in options.split()]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    status, out, err = run([*blobs, *words], capsys)
+    assert status == 2
+    assert out == ""
+    assert re.fullmatch(r"fastbn(?: train)?: error: .*\n", err)
+    assert message in err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["info", "--fast"]])
+def test_commands_that_do_not_exist(argv, capsys):
+    status, out, err = run(argv, capsys)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"fastbn.*: error: .*\n", err)
+
+
+@pytest.mark.parametrize("module", ["tqdm", "matplotlib"])
+def test_a_missing_extra(module, blobs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    status, _, err = run([*blobs, "--plot", tmp_path / "curves.png"], capsys)
+    assert status == 2
+    assert err.startswith("fastbn train: error: ")
+    assert err.endswith(f'{module} halted; None in sys.modules: pip install "fastbn[demo]"\n')
+
+
+def test_a_disk_that_fills_up(blobs, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    status, out, err = run([*blobs, "--save", tmp_path / "run.npz"], capsys)
+    assert (status, out) == (2, "")
+    assert err.endswith("run.npz: cannot be written: [Errno 28] No space left on device\n")
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Let Ctrl-C arrive in the second epoch."""
+    train_epoch = Trainer.train_epoch
+
+    def interrupted(self, title):
+        if len(self.history) == 1:
+            raise KeyboardInterrupt
+        return train_epoch(self, title)
+
+    monkeypatch.setattr(Trainer, "train_epoch", interrupted)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_without_save(blobs, capsys):
+    status, out, err = run(blobs, capsys)
+    assert status == 130
+    assert len(out.splitlines()) == 1
+    assert (
+        err == "\ninterrupted: nothing was saved; --save FILE keeps each epoch that is finished\n"
+    )
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_tells_the_command_that_resumes(blobs, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    file, plot = tmp_path / "a run.npz", tmp_path / "curves.png"
+    status, _, err = run([*blobs, "--save", file, "--plot", plot], capsys)
+    assert status == 130
+    python, *words = shlex.split(err.splitlines()[-1])
+    assert python == sys.executable
+    assert words[:3] == ["-m", "fastbn", "train"]
+    monkeypatch.undo()
+    status, out, err = run(words[2:], capsys)
+    assert (status, err) == (0, "")
+    assert out.startswith("epoch 2/3")
+    assert LAST_LINE.fullmatch(out.splitlines()[-1])
+    assert is_png(plot)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_before_anything_is_built(blobs, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "run.npz"
+    assert run([*blobs, "--save", file], capsys)[0] == 130
+    monkeypatch.setattr(np.random, "default_rng", interrupt)
+    status, _, err = run([*blobs, "--save", tmp_path / "other.npz"], capsys)
+    assert (status, "nothing was saved" in err) == (130, True)
+    status, _, err = run(["train", "--resume", file, "--save", tmp_path / "other.npz"], capsys)
+    assert (status, f"--resume {file}" in err) == (130, True)
+
+
+def test_resume_equals_an_uninterrupted_run(blobs, tmp_path, capsys):
+    whole, part, copy = (tmp_path / name for name in ("whole", "part", "copy"))
+    expected = run([*blobs, "--save", whole], capsys)[1]
+    run([*blobs, "--epochs", 1, "--save", part], capsys)
+    first = part.read_bytes()
+    status, out, _ = run(["train", "--resume", part, "--epochs", 3, "--save", copy], capsys)
+    assert status == 0
+    assert part.read_bytes() == first  # --save names another file
+    assert out.splitlines() == expected.splitlines()[1:]
+    assert copy.read_bytes() == whole.read_bytes()
+    run(["train", "--resume", part, "--epochs", 3], capsys)
+    assert part.read_bytes() == whole.read_bytes()
+
+
+def test_resuming_a_finished_run_tells_its_accuracy(blobs, tmp_path, capsys):
+    file = tmp_path / "run.npz"
+    expected = run([*blobs, "--save", file], capsys)[1].splitlines()[-1]
+    assert run(["train", "--resume", file], capsys) == (0, f"{expected}\n", "")
+
+
+def test_a_resumed_run_keeps_its_options(blobs, tmp_path, capsys):
+    file = tmp_path / "run.npz"
+    run([*blobs, "--save", file], capsys)
+    before = file.read_bytes()
+    status, out, err = run(["train", "--resume", file, "--lr", "0.5"], capsys)
+    assert (status, out) == (2, "")
+    assert "--lr: cannot change on resuming: expected 0.003" in err
+    assert file.read_bytes() == before
+    assert run(["train", "--resume", file, "--lr", "0.003"], capsys)[0] == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_a_real_ctrl_c(blobs, tmp_path):
+    file = tmp_path / "run.npz"
+    process = subprocess.Popen(
+        **command(*blobs, "--epochs", 10**6, "--save", file),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        for _ in range(2):
+            assert process.stdout.readline().startswith("epoch ")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130
+    assert err.splitlines()[-1].endswith(f" -m fastbn train --resume {file}")
+    assert "Traceback" not in err
+    finished = 2 + len(out.splitlines())
+    assert finished <= len(load_checkpoint(file, {}).history) <= finished + 1
