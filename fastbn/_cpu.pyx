@@ -36,34 +36,31 @@ cdef extern from *:
     void fastbn_cpuid(int leaf, int subleaf, uint32_t* registers)
     uint64_t fastbn_xcr0()
 
+# (name, bit of EBX in leaf 7): Intel's manual, volume 2, CPUID.
+WIDE_256 = [("avx2", 5)]
+WIDE_512 = [("avx512f", 16), ("avx512dq", 17), ("avx512bw", 30), ("avx512vl", 31)]
+
 cdef enum:
-    EAX, EBX, ECX, EDX
-
-# Intel's manual, volume 2, CPUID; leaf 7 holds AVX2 in EBX 5 and AVX-512 F, DQ, BW, VL in these.
-cdef enum:
-    OSXSAVE = 1 << 27
-    AVX = 1 << 28
-    AVX2 = 1 << 5
-    XCR0_AVX = 0x06      # XMM and YMM are saved
-    XCR0_AVX512 = 0xE6   # and opmask, the upper halves of ZMM0-15, and ZMM16-31
-cdef uint32_t AVX512 = (<uint32_t>1 << 16) | (1 << 17) | (1 << 30) | (<uint32_t>1 << 31)
+    EBX = 1
+    ECX = 2
+    OSXSAVE = 1 << 27   # ECX in leaf 1: XCR0 can be asked
+    XCR0_256 = 0x06     # XMM and the upper halves of YMM are saved
+    XCR0_512 = 0xE6     # and the masks, the upper halves of ZMM0-15, and ZMM16-31
 
 
-def supported_isas():
-    """Return the kernel variants that run here, slowest first: "baseline", "avx2", "avx512"."""
+def cpu_features():
+    """Return the names of the vector instructions beyond the baseline that can be used here."""
     cdef uint32_t r[4]
     cdef uint64_t saved
-    isas = ["baseline"]
     fastbn_cpuid(0, 0, r)
-    if r[EAX] < 7:
-        return isas
+    if r[0] < 7:
+        return []
     fastbn_cpuid(1, 0, r)
-    if not (r[ECX] & OSXSAVE and r[ECX] & AVX):
-        return isas
+    if not r[ECX] & OSXSAVE:
+        return []
     saved = fastbn_xcr0()
     fastbn_cpuid(7, 0, r)
-    if saved & XCR0_AVX == XCR0_AVX and r[EBX] & AVX2:
-        isas.append("avx2")
-        if saved & XCR0_AVX512 == XCR0_AVX512 and r[EBX] & AVX512 == AVX512:
-            isas.append("avx512")
-    return isas
+    candidates = WIDE_256 if saved & XCR0_256 == XCR0_256 else []
+    if saved & XCR0_512 == XCR0_512:
+        candidates = candidates + WIDE_512
+    return [name for name, bit in candidates if r[EBX] >> <int>bit & 1]

@@ -9,12 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from fastbn._cpu import supported_isas
+from fastbn._cpu import cpu_features
+
+# The variants, slowest first, and the CPU features that each needs.
+NEEDED = {
+    "baseline": set[str](),
+    "avx2": {"avx2"},
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+}
 
 
 def available_isas() -> list[str]:
     """Return the variants that are built and that this machine can run, slowest first."""
-    return [isa for isa in supported_isas() if find_spec(f"fastbn._kernels_{isa}")]
+    features = set(cpu_features())
+    return [
+        isa
+        for isa, needed in NEEDED.items()
+        if needed <= features and find_spec(f"fastbn._kernels_{isa}")
+    ]
 
 
 def _pick() -> str:
@@ -46,8 +58,10 @@ def runtime_info() -> dict[str, Any]:
     -------
     dict
         ``fastbn``, ``numpy``, ``python``: versions. ``platform``: operating system and machine.
-        ``isa``: the kernel variant in use. ``available_isas``: those that FASTBN_ISA can name.
-        ``threads``: how many threads one call uses at most.
+        ``cpu_features``: the vector instructions beyond the baseline that CPU and operating system
+        can run, as far as a variant needs them. ``isa``: the kernel variant in use.
+        ``available_isas``: those that FASTBN_ISA can name. ``threads``: how many threads one call
+        uses at most.
 
     Examples
     --------
@@ -62,6 +76,7 @@ def runtime_info() -> dict[str, Any]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": f"{sys.platform}-{platform.machine()}",
+        "cpu_features": cpu_features(),
         "isa": isa,
         "available_isas": available_isas(),
         "threads": 1,

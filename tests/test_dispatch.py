@@ -1,13 +1,18 @@
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn._dispatch import available_isas
+from fastbn._cpu import cpu_features
+from fastbn._dispatch import NEEDED, available_isas
+
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
 def python(code, **environment):
@@ -55,7 +60,14 @@ def test_runtime_info_tells_what_runs():
     assert info["python"] == platform.python_version()
     assert info["isa"] in info["available_isas"]
     assert info["available_isas"][0] == "baseline"
+    assert ("avx2" in info["available_isas"]) == ("avx2" in info["cpu_features"])
     assert info["threads"] == 1
+
+
+@pytest.mark.skipif("flags" not in CPUINFO, reason="no x86 flags in /proc/cpuinfo")
+def test_cpu_features_are_those_that_the_kernel_reports():
+    flags = set(re.findall(r"^flags\s*: (.*)", CPUINFO, re.MULTILINE)[0].split())
+    assert set(cpu_features()) == flags & set[str]().union(*NEEDED.values())
 
 
 def test_importing_fastbn_needs_numpy_alone():

@@ -9,6 +9,7 @@ beta does its work.
 keys as ``params``) and returns dL/dx.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 Array: TypeAlias = NDArray[Any]
 
 
-class Layer:
+class Layer(ABC):
     """What every layer has; a layer with parameters sets ``params`` and fills ``grads``."""
 
     def __init__(self) -> None:
@@ -26,13 +27,13 @@ class Layer:
         self.grads: dict[str, Array] = {}
         self.training = True
 
+    @abstractmethod
     def forward(self, x: Array) -> Array:
         """Compute y from x."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, dy: Array) -> Array:
         """Compute dL/dx from dL/dy and fill ``grads``."""
-        raise NotImplementedError
 
     def __call__(self, x: Array) -> Array:
         """Do as ``forward``."""
