@@ -16,9 +16,6 @@ from fastbn._plan import plan
 
 cnp.import_array()
 
-cdef object FLOAT32 = np.dtype(np.float32)
-cdef object FLOAT64 = np.dtype(np.float64)
-
 
 cdef class Cache:
     """What `batch_norm_backward` needs of the forward pass.
@@ -93,19 +90,26 @@ cdef bint same_memory_order(cnp.ndarray a, cnp.ndarray b):
     return True
 
 
+cdef cnp.ndarray float64s(Py_ssize_t count):
+    """Return an uninitialised array, sooner than np.empty does."""
+    cdef cnp.npy_intp size = count
+    return cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0)
+
+
 cdef tuple parameter(object value, str name, Py_ssize_t channels, object dtype):
     """Return a float64 copy of shape (C,), and the shape and dtype that its gradient has."""
     if value is None:
         return None, ((channels,), dtype)
-    cdef cnp.ndarray array = as_floats(value, name)
+    cdef cnp.ndarray array = as_floats(value, name), copy
     if cnp.PyArray_SIZE(array) != channels:
         raise ValueError(
             f"{name}: expected {channels} value(s), one per channel, got shape {np.shape(array)}"
         )
     if array is value:
-        dtype = array.dtype.newbyteorder("=")
-    copy = np.array(array, dtype=FLOAT64, copy=True, order="C").reshape(channels)
-    return copy, (np.shape(array), dtype)
+        dtype = array.dtype if cnp.PyArray_ISNOTSWAPPED(array) else array.dtype.newbyteorder("=")
+    copy = float64s(channels)
+    cnp.PyArray_CopyAnyInto(copy, array)
+    return copy, ((<object>array).shape, dtype)
 
 
 cdef double checked_eps(object eps) except -1:
@@ -156,6 +160,13 @@ cdef cnp.ndarray target(object out, cnp.ndarray memory, cnp.ndarray other):
     ):
         return out
     return np.empty_like(memory, subok=False)
+
+
+cdef cnp.ndarray gradient(cnp.ndarray values, tuple like):
+    """Return the gradient of a parameter in the parameter's (shape, dtype)."""
+    cdef cnp.ndarray array = np.empty(*like)
+    cnp.PyArray_CopyAnyInto(array, values)
+    return array
 
 
 cdef object deliver(cnp.ndarray result, object out):
@@ -238,9 +249,9 @@ def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
     if out is not None:
         check_out(out, given, "x")
     result = target(out, memory, None)
-    cache.mean = np.empty(channels)
-    cache.mean_low = np.empty(channels)
-    cache.var = np.empty(channels)
+    cache.mean = float64s(channels)
+    cache.mean_low = float64s(channels)
+    cache.var = float64s(channels)
     cache.x = memory
     if channels:
         kernels.forward(
@@ -399,8 +410,4 @@ def batch_norm_backward(dy, cache, *, out=None):
         )
     if out is not None and np.may_share_memory(out, c.x):
         c.x = None
-    return (
-        deliver(result, out),
-        dgamma.reshape(c.gamma_like[0]).astype(c.gamma_like[1]),
-        dbeta.reshape(c.beta_like[0]).astype(c.beta_like[1]),
-    )
+    return deliver(result, out), gradient(dgamma, c.gamma_like), gradient(dbeta, c.beta_like)
