@@ -7,30 +7,18 @@ from typing import Any
 
 
 class Handle:
-    """Takes back what was registered; `remove()` does so once, and further calls do nothing.
+    """Takes back what was registered: `undo`, which must bear being called again, does so."""
 
-    A copy (`copy.deepcopy`, pickle) of a handle has nothing to remove.
-    """
-
-    def __init__(self, undo: Callable[[], object] | None = None) -> None:
+    def __init__(self, undo: Callable[[], object]) -> None:
         self._undo = undo
 
     def remove(self) -> None:
         """Take back what was registered; do nothing if that has been done."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
-
-    def __reduce__(self) -> tuple[type[Handle], tuple[()]]:
-        return Handle, ()
+        self._undo()
 
 
 class HookList:
-    """Hooks in the order of their registration.
-
-    A copy (`copy.deepcopy`, pickle) of the list is empty: hooks are often lambdas, which cannot be
-    pickled, or methods of objects that the copy has nothing to do with.
-    """
+    """Hooks in the order of their registration; a copy (`copy.deepcopy`, pickle) has none."""
 
     def __init__(self) -> None:
         self._hooks: dict[Handle, Callable[[Any], object]] = {}
@@ -44,16 +32,14 @@ class HookList:
         return handle
 
     def run(self, owner: object) -> None:
-        """Call every hook with `owner`.
-
-        A hook removed meanwhile is not called any more, one registered meanwhile not yet.
-        """
+        """Call every hook with `owner`; one registered meanwhile has to wait for the next run."""
         for handle, hook in list(self._hooks.items()):
-            if handle in self._hooks:
+            if handle in self._hooks:  # a hook may have removed it
                 hook(owner)
 
     def __len__(self) -> int:
         return len(self._hooks)
 
     def __reduce__(self) -> tuple[type[HookList], tuple[()]]:
+        # Hooks are often lambdas, which cannot be pickled, or methods of what is not copied.
         return HookList, ()

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from fastbn._hooks import Handle, HookList
+from fastbn._hooks import HookList
 
 
 def test_hooks_run_in_order_of_registration():
@@ -75,10 +75,9 @@ def test_refuses_what_cannot_be_called():
 def test_copies_have_no_hooks_and_leave_the_original_alone(duplicate):
     seen = []
     hooks = HookList()
-    handle = hooks.register(lambda owner: seen.append(owner))
-    twin, twin_handle = duplicate(hooks), duplicate(handle)
+    hooks.register(lambda owner: seen.append(owner))
+    twin = duplicate(hooks)
     twin.run(1)
-    twin_handle.remove()
     assert seen == []
     assert len(twin) == 0
     hooks.run(2)
@@ -86,11 +85,3 @@ def test_copies_have_no_hooks_and_leave_the_original_alone(duplicate):
     twin.register(lambda owner: seen.append(-owner))
     twin.run(3)
     assert seen == [2, -3]
-
-
-def test_a_handle_forgets_what_it_removed():
-    undone = []
-    handle = Handle(lambda: undone.append(1))
-    handle.remove()
-    handle.remove()
-    assert undone == [1]
