@@ -68,6 +68,7 @@ cdef enum:
     TILE = 2048              # contiguous values that a tile of channels has at least
     MAX_TILE_CHANNELS = 128  # = TILE / LANES
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
+    PANEL = 4096             # values of a row that are taken at once, at least
 
 # The rows of a table of coefficients; normalisation needs the first three.
 cdef enum:
@@ -350,21 +351,29 @@ cdef void gradient_of_runs(
 
 cdef struct Rows:
     Py_ssize_t fold
-    Py_ssize_t width   # values in a row: fold * channels * inner
+    Py_ssize_t stride  # from one row to the next: fold * channels * inner, of the whole array
+    Py_ssize_t width   # values in a row, here: less than stride in a panel of wide rows
     Py_ssize_t count   # full rows
     Py_ssize_t tail    # values in the shorter row behind them, if any
     Py_ssize_t padded  # width rounded up to full packs: the length of a lane array
 
 
-cdef Rows rows_of(Shape s) noexcept nogil:
+cdef Rows rows_of(Shape s, Py_ssize_t channels) noexcept nogil:
+    """Describe the rows of some of the channels: of all, or of a panel of them."""
     cdef Rows r
     cdef Py_ssize_t narrow = s.channels * s.inner
     r.fold = max(1, min(MIN_WIDTH // narrow, s.outer))
-    r.width = r.fold * narrow
+    r.stride = r.fold * narrow
+    r.width = r.fold * channels * s.inner
     r.count = s.outer // r.fold
-    r.tail = (s.outer - r.count * r.fold) * narrow
+    r.tail = (s.outer - r.count * r.fold) * channels * s.inner
     r.padded = (r.width + LANES - 1) // LANES * LANES
     return r
+
+
+cdef inline Py_ssize_t panel_channels(Shape s) noexcept nogil:
+    """Return how many channels to take at once, so that the lane arrays stay in the cache."""
+    return min(s.channels, (PANEL + s.inner - 1) // s.inner)
 
 
 cdef void spread(const real* values, Shape s, Rows r, real* lanes) noexcept nogil:
@@ -397,7 +406,7 @@ cdef void moments_of_rows(
         mean[j] = m2[j] = 0
     for first_row from 0 <= first_row < r.count by BLOCK_ROWS:
         rows = min(r.count - first_row, <Py_ssize_t>BLOCK_ROWS)
-        block = x + first_row * r.width
+        block = x + first_row * r.stride
         for j in range(r.padded):
             sum_d[j] = sum_dd[j] = 0
         for row from 0 <= row < rows by SUM_ROWS:
@@ -406,7 +415,7 @@ cdef void moments_of_rows(
                 a = load(<const double*>sum_d + j, LANES)
                 b = load(<const double*>sum_dd + j, LANES)
                 sum_packs(
-                    block + row * r.width + j, min(rows - row, <Py_ssize_t>SUM_ROWS), r.width,
+                    block + row * r.stride + j, min(rows - row, <Py_ssize_t>SUM_ROWS), r.stride,
                     present, load_wide(block + j, present), &a, &b,
                 )
                 store(sum_d + j, a, LANES)
@@ -418,7 +427,7 @@ cdef void moments_of_rows(
                 (<double>block[j] - <double>x[j]) + sum_d[j] / block_n,
                 sum_dd[j] - sum_d[j] * sum_d[j] / block_n, block_n,
             )
-    block = x + r.count * r.width
+    block = x + r.count * r.stride
     for j in range(r.tail):
         merge(&mean[j], &m2[j], r.count, <double>block[j] - <double>x[j], 0, 1)
     if r.width == s.channels:  # a lane is a channel
@@ -459,12 +468,12 @@ cdef void normalize_rows(
     const real* table,                        # IN
     real* lanes,                              # scratch, a table of lanes
 ) noexcept nogil:
-    cdef Py_ssize_t row, i = r.count * r.width
+    cdef Py_ssize_t row, i = r.count * r.stride
     for row in range(SHIFT + 1):
         spread(table + row * s.channels, s, r, lanes + row * r.padded)
     normalize_row(x + i, y + i, r.tail, lanes, r.padded)
     for row in range(r.count):
-        i -= r.width
+        i -= r.stride
         normalize_row(x + i, y + i, r.width, lanes, r.padded)
 
 
@@ -482,11 +491,11 @@ cdef inline void sum_gradient_of_block(
         sum_dy[j] = sum_dyd[j] = 0
     for row from 0 <= row < rows by SUM_ROWS:
         for j from 0 <= j < length by LANES:
-            i = row * r.width + j
+            i = row * r.stride + j
             a = load(<const double*>sum_dy + j, LANES)
             b = load(<const double*>sum_dyd + j, LANES)
             sum_gradient_packs(
-                x + i, dy + i, min(rows - row, <Py_ssize_t>SUM_ROWS), r.width,
+                x + i, dy + i, min(rows - row, <Py_ssize_t>SUM_ROWS), r.stride,
                 min(length - j, <Py_ssize_t>LANES), load(<const double*>lanes + j, LANES), &a, &b,
             )
             store(sum_dy + j, a, LANES)
@@ -506,10 +515,10 @@ cdef void sum_gradient_of_rows(
     for j in range(r.padded, 3 * r.padded):
         lanes[j] = 0
     for row from 0 <= row < r.count by BLOCK_ROWS:
-        i = row * r.width
+        i = row * r.stride
         j = min(r.count - row, <Py_ssize_t>BLOCK_ROWS)
         sum_gradient_of_block(x + i, dy + i, r, j, r.width, lanes)
-    i = r.count * r.width
+    i = r.count * r.stride
     sum_gradient_of_block(x + i, dy + i, r, 1, r.tail, lanes)
     for c in range(s.channels):
         sum_dy[c] = sum_dyd[c] = 0
@@ -542,16 +551,24 @@ cdef void gradient_of_rows(
     const real* table,                                         # IN
     real* lanes,                                               # scratch, a table of lanes
 ) noexcept nogil:
-    cdef Py_ssize_t row, i = r.count * r.width
+    cdef Py_ssize_t row, i = r.count * r.stride
     for row in range(TABLE):
         spread(table + row * s.channels, s, r, lanes + row * r.padded)
     gradient_of_row(x + i, dy + i, dx + i, r.tail, lanes, r.padded)
     for row in range(r.count):
-        i -= r.width
+        i -= r.stride
         gradient_of_row(x + i, dy + i, dx + i, r.width, lanes, r.padded)
 
 
 # ---------------------------------------------------------------------------------- entry points
+
+
+cdef inline const double* at(const double* values, Py_ssize_t begin) noexcept nogil:
+    return values + begin if values else NULL
+
+
+cdef inline Statistics part_of(Statistics s, Py_ssize_t begin) noexcept nogil:
+    return Statistics(s.mean + begin, <double*>at(s.mean_low, begin), s.var + begin)
 
 
 cdef void run_forward(
@@ -559,18 +576,26 @@ cdef void run_forward(
     Statistics stats, double* scratch,
 ) noexcept nogil:
     cdef real* table = <real*>scratch
-    cdef double* lanes = scratch + TABLE * s.channels
-    cdef Py_ssize_t begin, end = 0
-    if s.inner >= LANES:
-        while end < s.channels:
+    cdef double* lanes = scratch + TABLE * panel_channels(s)
+    cdef Py_ssize_t begin, i, end = 0
+    cdef Statistics part
+    cdef Shape p = s
+    cdef Rows r
+    while end < s.channels:
+        if s.inner >= LANES:
             begin, end = end, min(end + tile_channels(s), s.channels)
             moments_of_runs(x, s, begin, end, stats)
             affine_coefficients(begin, end, stats, gamma, beta, eps, table, s.channels)
             normalize_runs(x, y, s, begin, end, table)
-    else:
-        moments_of_rows(x, s, rows_of(s), lanes, stats)
-        affine_coefficients(0, s.channels, stats, gamma, beta, eps, table, s.channels)
-        normalize_rows(x, y, s, rows_of(s), table, <real*>lanes)
+        else:
+            begin, end = end, min(end + panel_channels(s), s.channels)
+            p.channels = end - begin
+            part, r, i = part_of(stats, begin), rows_of(s, p.channels), begin * s.inner
+            moments_of_rows(x + i, p, r, lanes, part)
+            affine_coefficients(
+                0, p.channels, part, at(gamma, begin), at(beta, begin), eps, table, p.channels
+            )
+            normalize_rows(x + i, y + i, p, r, table, <real*>lanes)
 
 
 cdef void run_inference(
@@ -578,12 +603,21 @@ cdef void run_inference(
     Statistics stats, double* scratch,
 ) noexcept nogil:
     cdef real* table = <real*>scratch
-    cdef double* lanes = scratch + TABLE * s.channels
-    affine_coefficients(0, s.channels, stats, gamma, beta, eps, table, s.channels)
+    cdef double* lanes = scratch + TABLE * panel_channels(s)
+    cdef Py_ssize_t begin, i, end = 0
+    cdef Shape p = s
     if s.inner >= LANES:
+        affine_coefficients(0, s.channels, stats, gamma, beta, eps, table, s.channels)
         normalize_runs(x, y, s, 0, s.channels, table)
-    else:
-        normalize_rows(x, y, s, rows_of(s), table, <real*>lanes)
+        return
+    while end < s.channels:
+        begin, end = end, min(end + panel_channels(s), s.channels)
+        p.channels, i = end - begin, begin * s.inner
+        affine_coefficients(
+            0, p.channels, part_of(stats, begin), at(gamma, begin), at(beta, begin), eps,
+            table, p.channels,
+        )
+        normalize_rows(x + i, y + i, p, rows_of(s, p.channels), table, <real*>lanes)
 
 
 cdef void run_backward(
@@ -591,11 +625,14 @@ cdef void run_backward(
     Statistics stats, bint fixed, double* dgamma, double* dbeta, double* scratch,
 ) noexcept nogil:
     cdef real* table = <real*>scratch
-    cdef double* lanes = scratch + TABLE * s.channels
+    cdef double* lanes = scratch + TABLE * panel_channels(s)
     cdef double count = <double>s.outer * s.inner
-    cdef Py_ssize_t begin, end = 0
-    if s.inner >= LANES:
-        while end < s.channels:
+    cdef Py_ssize_t begin, i, end = 0
+    cdef Statistics part
+    cdef Shape p = s
+    cdef Rows r
+    while end < s.channels:
+        if s.inner >= LANES:
             begin, end = end, min(end + tile_channels(s), s.channels)
             sum_gradient_of_runs(x, dy, s, begin, end, stats.mean, dbeta, dgamma)
             gradient_coefficients(
@@ -605,21 +642,29 @@ cdef void run_backward(
                 normalize_runs(dy, dx, s, begin, end, table)
             else:
                 gradient_of_runs(x, dy, dx, s, begin, end, table)
-    else:
-        sum_gradient_of_rows(x, dy, s, rows_of(s), stats.mean, lanes, dbeta, dgamma)
-        gradient_coefficients(
-            0, s.channels, stats, count, gamma, eps, fixed, dgamma, dbeta, table, s.channels
-        )
-        if fixed:
-            normalize_rows(dy, dx, s, rows_of(s), table, <real*>lanes)
         else:
-            gradient_of_rows(x, dy, dx, s, rows_of(s), table, <real*>lanes)
+            begin, end = end, min(end + panel_channels(s), s.channels)
+            p.channels = end - begin
+            part, r, i = part_of(stats, begin), rows_of(s, p.channels), begin * s.inner
+            sum_gradient_of_rows(
+                x + i, dy + i, p, r, part.mean, lanes, dbeta + begin, dgamma + begin
+            )
+            gradient_coefficients(
+                0, p.channels, part, count, at(gamma, begin), eps, fixed,
+                dgamma + begin, dbeta + begin, table, p.channels,
+            )
+            if fixed:
+                normalize_rows(dy + i, dx + i, p, r, table, <real*>lanes)
+            else:
+                gradient_of_rows(x + i, dy + i, dx + i, p, r, table, <real*>lanes)
 
 
 cdef double* scratch_for(Shape s) except NULL:
-    """Allocate a table of coefficients, and for rows a table of lanes."""
-    cdef Py_ssize_t lanes = 0 if s.inner >= LANES else rows_of(s).padded
-    cdef double* scratch = <double*>malloc(TABLE * (s.channels + lanes) * sizeof(double))
+    """Allocate a table of coefficients, and for a panel of rows a table of lanes."""
+    cdef Py_ssize_t length = s.channels
+    if s.inner < LANES:
+        length = panel_channels(s) + rows_of(s, panel_channels(s)).padded
+    cdef double* scratch = <double*>malloc(TABLE * length * sizeof(double))
     if scratch == NULL:
         raise MemoryError(f"fastbn: no memory for the coefficients of {s.channels} channels")
     return scratch

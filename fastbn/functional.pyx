@@ -105,7 +105,7 @@ cdef tuple parameter(object value, str name, Py_ssize_t channels, object dtype):
         raise ValueError(
             f"{name}: expected {channels} value(s), one per channel, got shape {np.shape(array)}"
         )
-    if array is value:
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         dtype = array.dtype if cnp.PyArray_ISNOTSWAPPED(array) else array.dtype.newbyteorder("=")
     copy = float64s(channels)
     cnp.PyArray_CopyAnyInto(copy, array)
@@ -118,6 +118,8 @@ cdef double checked_eps(object eps) except -1:
         value = eps
     except TypeError:
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}") from None
+    except OverflowError:
+        raise ValueError("eps: expected a finite number >= 0, got one beyond float64") from None
     if not (isfinite(value) and value >= 0):
         raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
     return value
@@ -215,9 +217,9 @@ def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
 
     Notes
     -----
-    Errors are at most 2 units of rounding of the largest value of the result, and the bits are the
-    same on every CPU; see the page on numerics. With M = 1, y is beta. A NaN or an infinity makes
-    its own channel NaN and no other.
+    In float32 errors are at most 2 eps of the largest value of the result. The bits are the same
+    on every CPU. With M = 1, y is beta. A NaN or an infinity makes its own channel NaN, mean and
+    var included, and no other.
 
     References
     ----------
@@ -367,6 +369,11 @@ def batch_norm_backward(dy, cache, *, out=None):
         If `cache` is none, or dy is of another dtype than x.
     ValueError
         If a shape does not fit, or x has been overwritten by ``out=``.
+
+    Notes
+    -----
+    In float32 errors are at most 2 eps of the largest value of the result; for dx, where it is the
+    small difference of large terms (dy almost a multiple of z_hat, or M = 2), 2 eps of those.
 
     Examples
     --------

@@ -100,27 +100,27 @@ class BatchNorm:
     ) -> None:
         self.num_features = _integer("num_features", num_features, least=1)
         self.axis = _integer("axis", axis)
-        if not (isfinite(_number("eps", eps)) and eps >= 0):
+        self.eps = _number("eps", eps)
+        if not (isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
-        if momentum is not None and not 0 <= _number("momentum", momentum) <= 1:
+        self.momentum = None if momentum is None else _number("momentum", momentum)
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum}")
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
-        self.eps = eps
-        self.momentum = momentum
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.training = True
         self.params: dict[str, Array] = {}
         self.grads: dict[str, Array] = {}
         if affine:
-            self.params["gamma"] = np.ones(num_features, self.dtype)
-            self.params["beta"] = np.zeros(num_features, self.dtype)
-            self.grads["gamma"] = np.zeros(num_features, self.dtype)
-            self.grads["beta"] = np.zeros(num_features, self.dtype)
-        self.running_mean = np.zeros(num_features) if track_running_stats else None
-        self.running_var = np.ones(num_features) if track_running_stats else None
+            self.params["gamma"] = np.ones(self.num_features, self.dtype)
+            self.params["beta"] = np.zeros(self.num_features, self.dtype)
+            self.grads["gamma"] = np.zeros(self.num_features, self.dtype)
+            self.grads["beta"] = np.zeros(self.num_features, self.dtype)
+        self.running_mean = np.zeros(self.num_features) if track_running_stats else None
+        self.running_var = np.ones(self.num_features) if track_running_stats else None
         self.num_batches_tracked = 0
         self._cache: functional.Cache | None = None
         self._grad_hooks = HookList()
@@ -181,7 +181,10 @@ class BatchNorm:
         ValueError
             If x has another number of channels, or in training one value per channel or none.
         """
-        x = np.asanyarray(x)
+        try:
+            x = np.asanyarray(x)
+        except ValueError as error:
+            raise ValueError(f"x: expected an array_like of numbers, got {error}") from None
         if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
             raise ValueError(
                 f"x: expected {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
@@ -281,22 +284,29 @@ class BatchNorm:
         TypeError, ValueError
             If an entry is missing, unknown, of the wrong shape or no number; nothing is changed.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
         expected = self.state_dict()
         if state.keys() != expected.keys():
             raise ValueError(
                 f"state: expected the entries {', '.join(expected)}; "
-                f"missing: {', '.join(expected.keys() - state.keys()) or 'none'}, "
-                f"unknown: {', '.join(map(str, state.keys() - expected.keys())) or 'none'}"
+                f"missing: {', '.join(sorted(expected.keys() - state.keys())) or 'none'}, "
+                f"unknown: {', '.join(sorted(map(str, state.keys() - expected.keys()))) or 'none'}"
             )
         targets = self._state()
-        checked = {name: _values(name, state[name], self.num_features) for name in targets}
+        # Copies of the final type: nothing can fail, and nothing alias, once writing begins.
+        checked = {
+            name: np.array(_values(name, state[name], self.num_features), target.dtype)
+            for name, target in targets.items()
+        }
         if "running_var" in checked and (checked["running_var"] < 0).any():
             raise ValueError(
                 f"running_var: expected values >= 0, got {checked['running_var'].min()}"
             )
         if self.track_running_stats:
             tracked = np.asarray(state["num_batches_tracked"])
-            if tracked.shape != () or tracked.dtype.kind not in "iu" or tracked < 0:
+            fits = tracked.shape == () and tracked.dtype.kind in "iu"
+            if not fits or not 0 <= int(tracked) < 2**63:
                 raise ValueError(
                     "num_batches_tracked: expected one integer >= 0, "
                     f"got {state['num_batches_tracked']!r}"
@@ -336,10 +346,12 @@ def _integer(name: str, value: int, least: int | None = None) -> int:
     return number
 
 
-def _number(name: str, value: float) -> float:
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str):
+        raise TypeError(f"{name}: expected a number, got str")
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, OverflowError):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
 
 

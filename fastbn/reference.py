@@ -8,6 +8,7 @@ words, x is Z, y is Z tilde.
    Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167
 """
 
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,8 @@ def batch_norm(
     var = ((z - mean) ** 2).mean(axis=others, keepdims=True)
 
     y = _normalize(z, mean, var, gamma, beta, axis, eps)
+    # Copies: the optimizer changes gamma in place before the next forward pass.
+    gamma, beta = (None if p is None else copy(p) for p in (gamma, beta))
     cache = Cache(mean.reshape(-1), var.reshape(-1), x, gamma, beta, axis, eps)
     return _rounded(y, x.dtype, out), cache
 
@@ -127,13 +130,17 @@ def _floats(x: ArrayLike) -> Array:
 
 
 def _other_axes(x: Array, axis: int) -> tuple[int, ...]:
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"axis: expected an axis of x, which has {x.ndim} dimension(s), got {axis}"
+        )
     return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
 
 
 def _per_channel(values: ArrayLike, x: Array, axis: int) -> Array:
     """Shape one value per channel so that it broadcasts against x."""
     shape = [1] * x.ndim
-    shape[axis] = -1
+    shape[axis] = x.shape[axis]
     return np.asarray(values, dtype=np.float64).reshape(shape)
 
 
@@ -148,4 +155,6 @@ def _like_parameter(gradient: Array, parameter: ArrayLike | None, x: Array) -> A
     if parameter is None:
         return gradient.reshape(-1).astype(x.dtype.newbyteorder("="))
     like = np.asarray(parameter)
-    return gradient.reshape(like.shape).astype(like.dtype)
+    given = isinstance(parameter, np.ndarray) and like.dtype.kind == "f"
+    dtype = like.dtype if given else x.dtype
+    return gradient.reshape(like.shape).astype(dtype.newbyteorder("="))

@@ -220,6 +220,7 @@ def test_a_bad_minibatch_is_refused_and_changes_nothing(x, error, message):
         ({"eps": "a"}, TypeError, "eps: expected a number, got str"),
         ({"momentum": 1.5}, ValueError, "momentum: expected None or a number from 0 to 1, got 1.5"),
         ({"momentum": -0.1}, ValueError, "momentum: expected None or a number from 0 to 1"),
+        ({"momentum": "0.1"}, TypeError, "momentum: expected a number, got str"),
         ({"momentum": "a"}, TypeError, "momentum: expected a number, got str"),
         ({"dtype": np.float16}, TypeError, "dtype: expected float32 or float64, got float16"),
         ({"dtype": ">f4"}, TypeError, "dtype: expected float32 or float64, got >f4"),
@@ -300,6 +301,14 @@ def test_copies_have_the_state_but_neither_hooks_nor_minibatch(rng, duplicate):
     assert not (bn.gamma == 9).any()
     twin.train()(rng.standard_normal((6, 3)))
     assert (twin.num_batches_tracked, bn.num_batches_tracked) == (2, 1)
+
+
+def test_a_state_may_come_from_the_layer_itself(rng):
+    bn = trained(rng)
+    gamma, beta = bn.gamma.copy(), bn.beta.copy()
+    bn.load_state_dict({**bn.state_dict(), "weight": bn.beta, "bias": bn.gamma})
+    np.testing.assert_array_equal(bn.gamma, beta)
+    np.testing.assert_array_equal(bn.beta, gamma)
 
 
 def test_repr_tells_how_to_make_the_layer():
