@@ -826,7 +826,11 @@ def test_refused_layers(layers, error, message):
 
 def test_interleaved_arrays_of_one_buffer_are_no_overlap():
     buffer = np.zeros(10)
-    optim.SGD(layer_of(a=buffer[::2], c=buffer[1::2]), lr=0.1)
+    layer = layer_of(a=buffer[::2], c=buffer[1::2])
+    for name in layer.params:
+        layer.grads[name] = np.ones(5)
+    optim.SGD(layer, lr=0.1).step()
+    np.testing.assert_array_equal(buffer, -0.1)
 
 
 @pytest.mark.parametrize("value", [-1.0, nan, inf])

@@ -20,7 +20,7 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def apart(actual, wanted, dtype, factor=1):
+def assert_agrees(actual, wanted, dtype, factor=1):
     """Assert agreement with a peer that keeps its sums in the dtype of the elements."""
     wanted = np.asarray(wanted, dtype=np.float64)
     scale = factor * (np.abs(wanted).max() + 1)
@@ -56,12 +56,12 @@ def test_functions_and_layer_agree_with_torch(torch, rng, shape, axis, dtype):
         # Torch's gradients cancel large sums in the dtype of x: an error of some eps of dy * rstd.
         others = tuple(i for i in range(x.ndim) if i != axis)
         rstd = 1 / np.sqrt(x.var(others).min() if mode else layer.running_var.min().item())
-        apart(np.moveaxis(y, axis, 1), ty.detach().numpy(), dtype, 1 + rstd)
-        apart(np.moveaxis(dx, axis, 1), tx.grad.numpy(), dtype, 8 * (1 + rstd))
-        apart(bn.grads["gamma"], layer.weight.grad.numpy(), dtype, 8)
-        apart(bn.grads["beta"], layer.bias.grad.numpy(), dtype)
-        apart(bn.running_mean, layer.running_mean.numpy(), dtype)
-        apart(bn.running_var, layer.running_var.numpy(), dtype)
+        assert_agrees(np.moveaxis(y, axis, 1), ty.detach().numpy(), dtype, 1 + rstd)
+        assert_agrees(np.moveaxis(dx, axis, 1), tx.grad.numpy(), dtype, 8 * (1 + rstd))
+        assert_agrees(bn.grads["gamma"], layer.weight.grad.numpy(), dtype, 8)
+        assert_agrees(bn.grads["beta"], layer.bias.grad.numpy(), dtype)
+        assert_agrees(bn.running_mean, layer.running_mean.numpy(), dtype)
+        assert_agrees(bn.running_var, layer.running_var.numpy(), dtype)
         assert bn.num_batches_tracked == layer.num_batches_tracked.item() == 1
 
 
@@ -102,9 +102,9 @@ def test_agrees_with_the_onnx_operator(rng, shape, training):
     bn = fastbn.BatchNorm(shape[1], eps=1e-3, momentum=1 - 0.9)
     bn.gamma, bn.beta = scale, b
     bn.running_mean[:], bn.running_var[:] = mean, var
-    apart(bn.train(training)(x), y, np.float32, 4)
+    assert_agrees(bn.train(training)(x), y, np.float32, 4)
     if training:
         count = x.size // shape[1]
         biased = 0.9 * var + (bn.running_var - 0.9 * var) * (count - 1) / count
-        apart(bn.running_mean, running[0], np.float32)
-        apart(biased, running[1], np.float32)
+        assert_agrees(bn.running_mean, running[0], np.float32)
+        assert_agrees(biased, running[1], np.float32)
