@@ -38,7 +38,7 @@ VARIANTS = [
     Variant(
         "avx2",
         X86_64,
-        ["-mavx2"],
+        ["-mavx2", "-mfma", "-mf16c"],
         ["/arch:AVX2"],
         "#include <immintrin.h>\n"
         "int main() { return _mm256_extract_epi32(_mm256_abs_epi32(_mm256_set1_epi32(0)), 0); }",
@@ -46,7 +46,7 @@ VARIANTS = [
     Variant(
         "avx512",
         X86_64,
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
         ["/arch:AVX512"],
         "#include <immintrin.h>\n"
         "int main() { return (int)_mm512_reduce_add_pd(_mm512_setzero_pd()); }",
@@ -113,6 +113,8 @@ class BuildExt(build_ext):
                 )
                 continue
             extension.extra_compile_args = flags + own
+            if not msvc:
+                extension.extra_link_args = ["-pthread"]
             # The same source becomes several modules, so each needs its own generated file.
             directory = str(Path(self.build_temp) / "cython" / variant.isa)
             [translated] = cythonize(
@@ -141,7 +143,7 @@ def extension(module: str, source: str, variant: Variant = VARIANTS[0]) -> Exten
         [f"fastbn/{source}.pyx"],
         language="c++",
         include_dirs=[numpy.get_include(), "fastbn"],
-        depends=["fastbn/_simd.hpp"],
+        depends=["fastbn/_simd.hpp", "fastbn/_pool.hpp"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     )
     built.isa = variant.isa
@@ -151,6 +153,7 @@ def extension(module: str, source: str, variant: Variant = VARIANTS[0]) -> Exten
 setup(
     ext_modules=[
         extension("_cpu", "_cpu"),
+        extension("_pool", "_pool"),
         extension("_updates", "_updates"),
         extension("functional", "functional"),
         *(

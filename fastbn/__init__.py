@@ -1,7 +1,9 @@
 """Batch normalisation for NumPy on the CPU: fused, exact, the same bits everywhere."""
 
 from fastbn import optim
+from fastbn._blocks import set_recycling
 from fastbn._dispatch import runtime_info
+from fastbn._pool import get_num_threads, set_num_threads
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
 from fastbn.layer import BatchNorm
 
@@ -10,7 +12,10 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_inference",
+    "get_num_threads",
     "optim",
     "runtime_info",
+    "set_num_threads",
+    "set_recycling",
 ]
 __version__ = "0.1.0"

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from fastbn._cpu import cpu_features
+from fastbn._pool import get_num_threads
 
 # The variants, slowest first, and the CPU features that each needs.
 NEEDED = {
     "baseline": set[str](),
-    "avx2": {"avx2"},
-    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma", "f16c"},
 }
 
 
@@ -66,8 +67,8 @@ def runtime_info() -> dict[str, Any]:
     Examples
     --------
     >>> import fastbn
-    >>> fastbn.runtime_info()["threads"]
-    1
+    >>> fastbn.runtime_info()["fastbn"] == fastbn.__version__
+    True
     """
     from fastbn import __version__
 
@@ -79,5 +80,5 @@ def runtime_info() -> dict[str, Any]:
         "cpu_features": cpu_features(),
         "isa": isa,
         "available_isas": available_isas(),
-        "threads": 1,
+        "threads": get_num_threads(),
     }

@@ -8,47 +8,60 @@ The shape. Every array is (outer, channels, inner), C-contiguous: NCHW is (N, C,
   from memory once although it is read twice.
 - rows (inner < 16): lanes go across the channels. A row is `fold` times channels * inner values,
   so that a few channels fill the lanes as well; what the lanes of one channel gathered is merged
-  at the end.
+  at the end. Of very wide rows a panel of channels is taken at a time.
 
-Either way the work is done on packs of 16 lanes that lie a stride apart and share their
-coefficients: the four functions of the section "packs" are all the arithmetic there is. The second
-pass over what the first has read walks backwards without a break, down to the packs of a run: what
-was touched last is still in the cache, and the hardware fetches ahead only along straight lines.
+Either way sums are taken of packs of 16 lanes that lie a stride apart. Results are written along
+straight lines, backwards: what was touched last is still in the cache, and the hardware fetches
+ahead only along straight lines. Results larger than the cache are written past it.
 
 The statistics. Values are cut into blocks; block boundaries depend on the shape alone. In a block
-each lane sums d and d*d in float64, where d = x - k and k is the block's first value: so the
-cancellation in sum(d*d) - sum(d)^2 / n costs at most a factor n in float64's rounding, whatever
-the mean. Blocks are merged in order with Chan's formula [1]_, as distances from the channel's
-first value (its origin), which keeps what the mean itself would round away. The mean comes out as
-two doubles, mean + mean_low.
+each lane sums x and x*x in float64, where the product of two floats is exact. Where the mean is so
+large that sum(x*x) - sum(x)^2 / n cancels, the block is summed again, of d = x - k with k its mean.
+(float64 values are summed so from the start, with k the block's first value.) Blocks are merged in
+order with Chan's formula [1]_, as distances from the channel's first value (its origin), which
+keeps what the mean itself would round away. The mean comes out as two doubles, mean + mean_low.
 
-The elements. y = (x - center) * scale + shift in the precision of x, where center is the mean
-rounded to that precision and shift carries the rest of it; dx = ((dy - level) - ((x - center) *
-slope + residue)) * scale likewise. Three and six operations an element, none of them a division.
+The elements. y = (x - center) * scale + shift in the precision of x (float for 16-bit types), where
+center is the mean rounded to that precision and shift carries the rest of it; dx = ((dy - level) -
+((x - center) * slope + residue)) * scale likewise. Three and six operations an element, none of
+them a division.
+
+The threads. The work is cut into units, which the pool hands out: whole tiles where there are
+enough of them, otherwise blocks to sum first, then pieces to write.
 
 The same bits everywhere: a pack has 16 lanes in every instruction set, each operation is one IEEE
-operation (no contraction), and neither blocks nor the order of merging know who computes them.
+operation (contracted only where the product is exact), and neither blocks nor the order of merging
+know who computes them.
 
-In signatures IN marks what is read, OUT what is written. x, y, dy, dx hold outer * channels *
-inner values; y may be x, and dx may be x or dy. Per-channel arrays are float64. Only coefficients
-have the precision of x, and come as one table: row SCALE holds the scale of each channel, and so
-on.
+In signatures IN marks what is read, OUT what is written. Where none of a function's arguments has
+the type of x, `type` stands for it; it is never read.
 
 .. [1] Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983.
 """
 
+from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 
-cimport numpy as cnp
-
-cnp.import_array()
-
-ctypedef fused real:
-    float
-    double
+from fastbn._cpu cimport cache_size
+from fastbn._job cimport (
+    BACKWARD,
+    BACKWARD_FIXED,
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    FORWARD,
+    INFERENCE,
+    Job,
+)
+from fastbn._pool cimport run_units, threads_for
 
 cdef extern from "_simd.hpp" namespace "fastbn" nogil:
+    cdef cppclass Half:
+        pass
+    cdef cppclass Bfloat:
+        pass
     cdef cppclass Pack[T]:
         Pack operator+(Pack)
         Pack operator-(Pack)
@@ -59,18 +72,53 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
     void store[T](T* p, Pack[T] a, int lanes)
     Pack[double] keep_first(Pack[double] a, int lanes)
     double sum_lanes(Pack[double] a)
+    Pack[double] add_exact_product(Pack[double] sum, Pack[double] a, Pack[double] b)
+    Pack[double] where_less(Pack[double] a, Pack[double] b, Pack[double] yes, Pack[double] no)
+    int lanes_to_line[T](const T* p)
+    void store_past_cache[T](T* p, Pack[T] a)
+    void fence()
+    void prefetch_to_write[T](T* p)
+    double put_value[T](const T* type, void* values, Py_ssize_t i, double value)
+    Pack[T] fill_value[T](const T* type, const void* values, Py_ssize_t i)
+    Pack[T] load_values[T](const T* type, const void* values, Py_ssize_t i)
+    double get_value[T](const T* type, const void* values, Py_ssize_t i)
+    double value_of[T](const T* p)
+    const T* at[T](const T* p, Py_ssize_t i)  # NULL stays NULL
+
+ctypedef fused real:
+    float
+    double
+    Half
+    Bfloat
 
 cdef enum:
     LANES = 16
-    BLOCK = 4096             # values of one channel in a block of runs
-    BLOCK_ROWS = 128         # rows in a block of rows
-    SUM_ROWS = 4             # rows that are summed side by side
+    BLOCK = 16384            # values of one channel in a block of runs
+    BLOCK_OF_ROWS = 65536    # values in a block of rows, about,
+    LEAST_ROWS = 128         # but at least so many rows
+    MOST_ROWS = 512          # and at most so many
+    SUM_ROWS = 8             # rows that are summed side by side
     TILE = 2048              # contiguous values that a tile of channels has at least
-    MAX_TILE_CHANNELS = 128  # = TILE / LANES
+    SHORT = 256              # values that a run must have to be summed by itself
+    COLUMNS = 2048           # contiguous values of short runs that are summed side by side
+    MAX_LONG = 64            # long runs that are
+    ALIGN = 256              # values in a run from which on stores keep to the lines of the cache
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
     PANEL = 4096             # values of a row that are taken at once, at least
+    UNITS = 8                # pieces of work per thread, where one can choose
 
-# The rows of a table of coefficients; normalisation needs the first three.
+# The part of itself down to which sum(x * x) may cancel: 4 of float64's 53 bits. That is where the
+# mean is 4 times the standard deviation.
+cdef double CANCELLED = 1.0 / 16
+
+# The part of the last-level cache that a result may fill before it is written past it.
+import os as _os
+cdef double TB = float(_os.environ.get('TB','65536'))
+cdef double TT = float(_os.environ.get('TT','2e6'))
+cdef int PW = int(_os.environ.get('PW','1'))
+cdef double PAST_CACHE = float(_os.environ.get('PC','0.3'))
+
+# The rows of the table of coefficients; normalisation needs the first three.
 cdef enum:
     CENTER
     SCALE
@@ -80,69 +128,146 @@ cdef enum:
     TABLE
     RESIDUE = SHIFT
 
-cdef struct Shape:
-    Py_ssize_t outer
-    Py_ssize_t channels
-    Py_ssize_t inner
+cdef enum Step:
+    TILES   # sum and write some tiles
+    SUM     # sum some blocks of a tile, or one block of rows
+    WRITE   # write some pieces
 
-cdef struct Statistics:
-    double* mean
-    double* mean_low   # what mean lost in rounding; NULL: nothing
-    double* var        # while sums are gathered: of squared deviations
-
+cdef struct Work:
+    Job* job
+    Step step
+    bint rows              # which of the two ways
+    bint past_cache        # how out is written
+    int threads
+    Py_ssize_t blocks      # that a channel is cut into
+    Py_ssize_t per_unit    # tiles, blocks or pieces in a unit
+    Py_ssize_t units       # per tile in step SUM
+    double* sums           # two of each channel (or lane) and block
+    double* k              # what the sums of a gradient are shifted by, a channel (or lane)
+    bint shifted           # whether any of those is not 0
+    void* table            # coefficients of each channel
+    # rows only
+    Py_ssize_t begin       # the panel: its channels,
+    Py_ssize_t end
+    Py_ssize_t stride      # values from one row to the next, in the whole array
+    Py_ssize_t width       # values of a row in this panel
+    Py_ssize_t count       # full rows
+    Py_ssize_t tail        # values of the shorter row behind them, if any
+    Py_ssize_t block_rows
+    Py_ssize_t padded      # width in full packs: the length of an array of lane sums
+    Py_ssize_t wrapped     # padded and a pack more: the row of the table of lanes begins again
+    void* lanes            # coefficients of each lane
 
 # ----------------------------------------------------------------------------------------- packs
 # `count` packs, each `stride` values after the one before; of each only the first `lanes` exist.
+# The results add to what a and b point to.
 
 
 cdef inline void sum_packs(
+    const real* x, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN, not float64
+    Pack[double]* a, Pack[double]* b,                               # IN/OUT: of x, of x * x
+) noexcept nogil:
+    cdef Pack[double] a0 = a[0], b0 = b[0], a1 = fill(0.0), b1 = fill(0.0), d
+    cdef Py_ssize_t i
+    for i in range(count // 2):  # two sums in turn: one would wait for its own last addition
+        d = load_wide(x, lanes)
+        a0, b0 = a0 + d, add_exact_product(b0, d, d)
+        d = load_wide(x + stride, lanes)
+        a1, b1 = a1 + d, add_exact_product(b1, d, d)
+        x += 2 * stride
+    if count % 2:
+        d = load_wide(x, lanes)
+        a0, b0 = a0 + d, add_exact_product(b0, d, d)
+    a[0], b[0] = a0 + a1, b0 + b1
+
+
+cdef inline void sum_shifted_packs(
     const real* x, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN
     Pack[double] k,
-    Pack[double]* sum_d, Pack[double]* sum_dd,                      # IN/OUT
+    Pack[double]* a, Pack[double]* b,                               # IN/OUT: of d, of d * d
 ) noexcept nogil:
-    cdef Pack[double] a = sum_d[0], b = sum_dd[0], d
+    cdef Pack[double] a0 = a[0], b0 = b[0], a1 = fill(0.0), b1 = fill(0.0), d
     cdef Py_ssize_t i
-    for i in range(count):
-        d = load_wide(x + i * stride, lanes) - k
-        a = a + d
-        b = b + d * d
-    sum_d[0], sum_dd[0] = a, b
-
-
-cdef inline void normalize_packs(
-    const real* x, real* y, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN, OUT
-    Pack[real] center, Pack[real] scale, Pack[real] shift,
-) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(count - 1, -1, -1):
-        store(y + i * stride, (load(x + i * stride, lanes) - center) * scale + shift, lanes)
+    for i in range(count // 2):
+        d = load_wide(x, lanes) - k
+        a0, b0 = a0 + d, b0 + d * d
+        d = load_wide(x + stride, lanes) - k
+        a1, b1 = a1 + d, b1 + d * d
+        x += 2 * stride
+    if count % 2:
+        d = load_wide(x, lanes) - k
+        a0, b0 = a0 + d, b0 + d * d
+    a[0], b[0] = a0 + a1, b0 + b1
 
 
 cdef inline void sum_gradient_packs(
     const real* x, const real* dy, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN
-    Pack[double] mean,
-    Pack[double]* sum_dy, Pack[double]* sum_dyd,                                    # IN/OUT
+    Pack[double]* a, Pack[double]* b,                        # IN/OUT: of dy, of dy * x
 ) noexcept nogil:
-    cdef Pack[double] a = sum_dy[0], b = sum_dyd[0], g
+    cdef Pack[double] a0 = a[0], b0 = b[0], a1 = fill(0.0), b1 = fill(0.0), g
     cdef Py_ssize_t i
-    for i in range(count):
-        g = load_wide(dy + i * stride, lanes)
-        a = a + g
-        b = b + g * (load_wide(x + i * stride, lanes) - mean)
-    sum_dy[0], sum_dyd[0] = a, b
+    for i in range(count // 2):
+        g = load_wide(dy, lanes)
+        a0, b0 = a0 + g, add_exact_product(b0, g, load_wide(x, lanes))
+        g = load_wide(dy + stride, lanes)
+        a1, b1 = a1 + g, add_exact_product(b1, g, load_wide(x + stride, lanes))
+        x += 2 * stride
+        dy += 2 * stride
+    if count % 2:
+        g = load_wide(dy, lanes)
+        a0, b0 = a0 + g, add_exact_product(b0, g, load_wide(x, lanes))
+    a[0], b[0] = a0 + a1, b0 + b1
 
 
-cdef inline void gradient_packs(
-    const real* x, const real* dy, real* dx,                   # IN, IN, OUT
-    Py_ssize_t count, Py_ssize_t stride, int lanes,
-    Pack[real] center, Pack[real] scale, Pack[real] residue, Pack[real] slope, Pack[real] level,
+cdef inline void sum_shifted_gradient_packs(
+    const real* x, const real* dy, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN
+    Pack[double] k,
+    Pack[double]* a, Pack[double]* b,                        # IN/OUT: of dy, of dy * (x - k)
 ) noexcept nogil:
-    cdef Pack[real] g, d
+    cdef Pack[double] a0 = a[0], b0 = b[0], a1 = fill(0.0), b1 = fill(0.0), g
     cdef Py_ssize_t i
-    for i in range(count - 1, -1, -1):
-        g = load(dy + i * stride, lanes) - level
-        d = load(x + i * stride, lanes) - center
-        store(dx + i * stride, (g - (d * slope + residue)) * scale, lanes)
+    for i in range(count // 2):
+        g = load_wide(dy, lanes)
+        a0, b0 = a0 + g, b0 + g * (load_wide(x, lanes) - k)
+        g = load_wide(dy + stride, lanes)
+        a1, b1 = a1 + g, b1 + g * (load_wide(x + stride, lanes) - k)
+        x += 2 * stride
+        dy += 2 * stride
+    if count % 2:
+        g = load_wide(dy, lanes)
+        a0, b0 = a0 + g, b0 + g * (load_wide(x, lanes) - k)
+    a[0], b[0] = a0 + a1, b0 + b1
+
+
+cdef inline void add_packs(
+    const real* x, const real* dy, Py_ssize_t count, Py_ssize_t stride, int lanes,  # dy may be NULL
+    Pack[double] k, bint shifted,
+    Pack[double]* a, Pack[double]* b,                                               # IN/OUT
+) noexcept nogil:
+    if lanes < LANES:
+        k = keep_first(k, lanes)
+    if dy == NULL:
+        if shifted or real is double:
+            sum_shifted_packs(x, count, stride, lanes, k, a, b)
+        else:
+            sum_packs(x, count, stride, lanes, a, b)
+    elif shifted or real is double:
+        sum_shifted_gradient_packs(x, dy, count, stride, lanes, k, a, b)
+    else:
+        sum_gradient_packs(x, dy, count, stride, lanes, a, b)
+
+
+cdef inline Pack[real] normalized(
+    const real* x, int lanes, Pack[real] center, Pack[real] scale, Pack[real] shift
+) noexcept nogil:
+    return (load(x, lanes) - center) * scale + shift
+
+
+cdef inline Pack[real] gradient(
+    const real* x, const real* dy, int lanes, Pack[real] center, Pack[real] scale,
+    Pack[real] residue, Pack[real] slope, Pack[real] level,
+) noexcept nogil:
+    return ((load(dy, lanes) - level) - ((load(x, lanes) - center) * slope + residue)) * scale
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -158,605 +283,730 @@ cdef inline void merge(
     m2[0] += block_m2 + delta * delta * (n * weight)
 
 
-cdef inline void finish(Statistics s, Py_ssize_t c, double origin, double count) noexcept nogil:
-    """Turn a distance from the origin into a mean and what it loses in rounding; m2 into var."""
-    cdef double distance = s.mean[c]
+cdef inline void finish_moments(
+    Job* job, Py_ssize_t c, double origin, double distance, double m2
+) noexcept nogil:
+    """Write mean, what it loses in rounding, and var."""
     cdef double mean = origin + distance
     cdef double part = mean - origin
-    s.mean_low[c] = (origin - (mean - part)) + (distance - part)
-    s.mean[c] = mean
-    s.var[c] = 0 if s.var[c] < 0 else s.var[c] / count  # below 0 by rounding; a NaN stays
+    cdef double count = <double>job.outer * job.inner
+    job.mean[c] = mean
+    job.mean_low[c] = (origin - (mean - part)) + (distance - part)
+    job.var[c] = 0 if m2 < 0 else m2 / count  # below 0 by rounding; a NaN stays
 
 
 cdef void affine_coefficients(
-    Py_ssize_t begin, Py_ssize_t end, Statistics s,                # IN
-    const double* gamma, const double* beta, double eps,           # IN, may be NULL
-    real* table, Py_ssize_t row,                                   # OUT
+    const real* type, Work* w, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef double scale, low
+    cdef Job* job = w.job
+    cdef Py_ssize_t c, row = job.channels
+    cdef double scale, center, low
     for c in range(begin, end):
-        scale = (gamma[c] if gamma else 1) / sqrt(s.var[c] + eps)
-        table[CENTER * row + c] = <real>s.mean[c]
-        low = s.mean[c] - <double>table[CENTER * row + c] + (s.mean_low[c] if s.mean_low else 0)
-        table[SCALE * row + c] = <real>scale
-        table[SHIFT * row + c] = <real>((beta[c] if beta else 0) - low * scale)
+        scale = (job.gamma[c] if job.gamma else 1) / sqrt(job.var[c] + job.eps)
+        center = put_value(type, w.table, CENTER * row + c, job.mean[c])
+        low = job.mean[c] - center + (job.mean_low[c] if job.mean_low else 0)
+        put_value(type, w.table, SCALE * row + c, scale)
+        put_value(type, w.table, SHIFT * row + c, (job.beta[c] if job.beta else 0) - low * scale)
+
+
+cdef void choose_shifts(const real* type, Work* w) noexcept nogil:
+    """Choose what x is shifted by in sum(dy * x): the mean, where that would cancel."""
+    cdef Job* job = w.job
+    cdef Py_ssize_t c
+    w.shifted = real is double
+    for c in range(job.channels):
+        w.k[c] = job.mean[c]
+        if real is not double:
+            if job.mean[c] * job.mean[c] * CANCELLED > job.var[c]:
+                w.shifted = True
+            else:
+                w.k[c] = 0
 
 
 cdef void gradient_coefficients(
-    Py_ssize_t begin, Py_ssize_t end, Statistics s, double count,  # IN
-    const double* gamma, double eps, bint fixed,                   # IN, may be NULL
-    double* dgamma,             # IN: the sum of dy * (x - mean), OUT: dgamma
-    const double* dbeta,        # IN
-    real* table, Py_ssize_t row,                                   # OUT
+    const real* type, Work* w, Py_ssize_t begin, Py_ssize_t end  # dgamma holds sum(dy * (x - k))
 ) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef double rstd, slope, level, lost, low
+    cdef Job* job = w.job
+    cdef Py_ssize_t c, row = job.channels
+    cdef double rstd, slope, level, low, lost, count = <double>job.outer * job.inner
+    cdef bint fixed = job.operation == BACKWARD_FIXED  # dx = (dy - 0) * scale + 0
     for c in range(begin, end):
-        rstd = 1 / sqrt(s.var[c] + eps)
-        lost = s.mean_low[c] if s.mean_low else 0
-        dgamma[c] = (dgamma[c] - lost * dbeta[c]) * rstd
-        slope = rstd * (dgamma[c] / count)
-        level = dbeta[c] / count
-        table[CENTER * row + c] = <real>s.mean[c]
-        low = s.mean[c] - <double>table[CENTER * row + c] + lost
-        table[SCALE * row + c] = <real>((gamma[c] if gamma else 1) * rstd)
-        table[SLOPE * row + c] = <real>slope
-        table[LEVEL * row + c] = <real>level
-        table[RESIDUE * row + c] = <real>(level - <double>table[LEVEL * row + c] - low * slope)
-    if fixed:  # dx = (dy - 0) * scale + 0: normalize_packs does that
-        for c in range(begin, end):
-            table[CENTER * row + c] = table[SHIFT * row + c] = 0
+        rstd = 1 / sqrt(job.var[c] + job.eps)
+        lost = job.mean_low[c] if job.mean_low else 0
+        job.dgamma[c] = (job.dgamma[c] - (job.mean[c] - w.k[c] + lost) * job.dbeta[c]) * rstd
+        slope = rstd * (job.dgamma[c] / count)
+        level = job.dbeta[c] / count
+        low = job.mean[c] + lost - put_value(type, w.table, CENTER * row + c, job.mean[c])
+        put_value(type, w.table, SCALE * row + c, (job.gamma[c] if job.gamma else 1) * rstd)
+        put_value(type, w.table, SLOPE * row + c, slope)
+        lost = level - put_value(type, w.table, LEVEL * row + c, level)
+        put_value(type, w.table, RESIDUE * row + c, lost - low * slope)
+        if fixed:
+            put_value(type, w.table, CENTER * row + c, 0)
+            put_value(type, w.table, SHIFT * row + c, 0)
 
 
 # ------------------------------------------------------------------------------------------ runs
 
 
-cdef inline Py_ssize_t rows_in_block(Shape s) noexcept nogil:
-    return max(1, BLOCK // s.inner)
+cdef inline Py_ssize_t parts(Py_ssize_t whole, Py_ssize_t part) noexcept nogil:
+    return (whole + part - 1) // part
 
 
-cdef inline Py_ssize_t tile_channels(Shape s) noexcept nogil:
-    return (TILE + s.inner - 1) // s.inner
+cdef struct Block:
+    Py_ssize_t first_row
+    Py_ssize_t end_row
+    Py_ssize_t first   # of each run
+    Py_ssize_t length
 
 
-cdef void moments_of_runs(
-    const real* x, Shape s, Py_ssize_t begin, Py_ssize_t end,  # IN; the tile: begin to end
-    Statistics stats,                                          # OUT
+cdef inline Py_ssize_t blocks_of_runs(Job* job) noexcept nogil:
+    if job.inner > BLOCK:
+        return job.outer * ((job.inner + BLOCK - 1) // BLOCK)
+    return (job.outer + BLOCK // job.inner - 1) // (BLOCK // job.inner)
+
+
+cdef inline Block block_of_runs(Job* job, Py_ssize_t b) noexcept nogil:
+    """Return where block b lies: some whole runs, or a piece of one."""
+    cdef Py_ssize_t pieces = (job.inner + BLOCK - 1) // BLOCK, rows = max(1, BLOCK // job.inner)
+    cdef Block block
+    block.first_row = b // pieces * rows
+    block.end_row = min(block.first_row + rows, job.outer)
+    block.first = b % pieces * BLOCK
+    block.length = min(job.inner - block.first, <Py_ssize_t>BLOCK)
+    return block
+
+
+cdef inline Py_ssize_t tile_channels(Job* job) noexcept nogil:
+    cdef double size = 8 if job.type == FLOAT64 else 4 if job.type == FLOAT32 else 2
+    cdef double segment = max(8192.0, min(TB, TT / job.outer))
+    return max(1, <Py_ssize_t>(segment / size / job.inner))
+
+
+cdef inline void add_run(
+    const real* x, const real* dy, Py_ssize_t length, double shift, bint shifted,  # IN
+    Pack[double]* a, Pack[double]* b,                                              # IN/OUT
 ) noexcept nogil:
-    cdef Pack[double] sum_d[MAX_TILE_CHANNELS]
-    cdef Pack[double] sum_dd[MAX_TILE_CHANNELS]
-    cdef Pack[double] k
-    cdef Py_ssize_t row, first_row, end_row = 0, first, piece, c, t
-    cdef Py_ssize_t stride = s.channels * s.inner
-    cdef double n = 0, block_n, a
-    cdef int tail
-    cdef const real* block
-    cdef const real* run
+    cdef Py_ssize_t whole = length // LANES
+    cdef int tail = length % LANES
+    cdef Pack[double] k = fill(shift)
+    add_packs(x, dy, whole, LANES, LANES, k, shifted, a, b)
+    if tail:
+        add_packs(x + whole * LANES, at(dy, whole * LANES), 1, LANES, tail, k, shifted, a, b)
+
+
+cdef void sum_shifted_block(
+    const real* x, const real* dy, Work* w, Py_ssize_t c, Block block, double k,  # IN
+    double* a, double* b,                                                         # OUT
+) noexcept nogil:
+    cdef Py_ssize_t row, i
+    cdef Pack[double] sa = fill(0.0), sb = fill(0.0)
+    for row in range(block.first_row, block.end_row):
+        i = (row * w.job.channels + c) * w.job.inner + block.first
+        add_run(x + i, at(dy, i), block.length, k, True, &sa, &sb)
+    a[0], b[0] = sum_lanes(sa), sum_lanes(sb)
+
+
+cdef void sum_long_runs(
+    const real* x, const real* dy, Work* w, Py_ssize_t begin, Py_ssize_t end, Block block,  # IN
+    Py_ssize_t index,                                                                       # block
+) noexcept nogil:
+    cdef Pack[double] a[MAX_LONG]
+    cdef Pack[double] b[MAX_LONG]
+    cdef Py_ssize_t row, c, t, i
+    for t in range(end - begin):
+        a[t] = b[t] = fill(0.0)
+    for row in range(block.first_row, block.end_row):
+        for c in range(begin, end):
+            i = (row * w.job.channels + c) * w.job.inner + block.first
+            add_run(x + i, at(dy, i), block.length, 0, False, &a[c - begin], &b[c - begin])
     for c in range(begin, end):
-        stats.mean[c] = stats.var[c] = 0
-    while end_row < s.outer:
-        first_row, end_row = end_row, min(end_row + rows_in_block(s), s.outer)
-        for first from 0 <= first < s.inner by BLOCK:
-            piece = min(s.inner - first, <Py_ssize_t>BLOCK)
-            tail = piece % LANES
-            block = x + first_row * stride + first
-            for t in range(end - begin):
-                sum_d[t] = sum_dd[t] = fill(0.0)
-            for row in range(first_row, end_row):
-                for c in range(begin, end):
-                    t = c - begin
-                    run = x + row * stride + c * s.inner + first
-                    k = fill(<double>block[c * s.inner])
-                    sum_packs(run, piece // LANES, LANES, LANES, k, &sum_d[t], &sum_dd[t])
-                    if tail:
-                        k = keep_first(k, tail)
-                        run += piece - tail
-                        sum_packs(run, 1, LANES, tail, k, &sum_d[t], &sum_dd[t])
-            block_n = <double>piece * (end_row - first_row)
-            for c in range(begin, end):
-                a = sum_lanes(sum_d[c - begin])
-                merge(
-                    &stats.mean[c], &stats.var[c], n,
-                    (<double>block[c * s.inner] - <double>x[c * s.inner]) + a / block_n,
-                    sum_lanes(sum_dd[c - begin]) - a * a / block_n, block_n,
-                )
-            n += block_n
-    for c in range(begin, end):
-        finish(stats, c, x[c * s.inner], n)
+        i = 2 * (c * w.blocks + index)
+        w.sums[i], w.sums[i + 1] = sum_lanes(a[c - begin]), sum_lanes(b[c - begin])
 
 
-cdef void normalize_runs(
-    const real* x, real* y, Shape s, Py_ssize_t begin, Py_ssize_t end,  # IN, OUT; the tile
-    const real* table,                                                  # IN
+cdef void sum_short_runs(
+    const real* x, const real* dy, Work* w, Py_ssize_t begin, Py_ssize_t end, Block block,  # IN
+    Py_ssize_t index,                                                                       # block
 ) noexcept nogil:
-    cdef Pack[real] center, scale, shift
-    cdef Py_ssize_t row, c, i, whole = s.inner // LANES
-    cdef int tail = s.inner % LANES
-    for row in range(s.outer - 1, -1, -1):
-        for c in range(end - 1, begin - 1, -1):
-            center = fill(table[CENTER * s.channels + c])
-            scale = fill(table[SCALE * s.channels + c])
-            shift = fill(table[SHIFT * s.channels + c])
-            i = (row * s.channels + c) * s.inner + whole * LANES
-            if tail:
-                normalize_packs(x + i, y + i, 1, LANES, tail, center, scale, shift)
-            i -= whole * LANES
-            normalize_packs(x + i, y + i, whole, LANES, LANES, center, scale, shift)
-
-
-cdef void sum_gradient_of_runs(
-    const real* x, const real* dy, Shape s, Py_ssize_t begin, Py_ssize_t end,  # IN; the tile
-    const double* mean,                                                        # IN
-    double* sum_dy, double* sum_dyd,                                           # OUT
-) noexcept nogil:
-    cdef Pack[double] a[MAX_TILE_CHANNELS]
-    cdef Pack[double] b[MAX_TILE_CHANNELS]
-    cdef Pack[double] m
-    cdef Py_ssize_t row, first_row, end_row = 0, first, piece, c, t, i
-    cdef int tail
-    for c in range(begin, end):
-        sum_dy[c] = sum_dyd[c] = 0
-    while end_row < s.outer:
-        first_row, end_row = end_row, min(end_row + rows_in_block(s), s.outer)
-        for first from 0 <= first < s.inner by BLOCK:
-            piece = min(s.inner - first, <Py_ssize_t>BLOCK)
-            tail = piece % LANES
-            for t in range(end - begin):
-                a[t] = b[t] = fill(0.0)
-            for row in range(first_row, end_row):
-                for c in range(begin, end):
-                    t = c - begin
-                    m = fill(mean[c])
-                    i = (row * s.channels + c) * s.inner + first
-                    sum_gradient_packs(
-                        x + i, dy + i, piece // LANES, LANES, LANES, m, &a[t], &b[t]
-                    )
-                    if tail:
-                        i += piece - tail
-                        sum_gradient_packs(x + i, dy + i, 1, LANES, tail, m, &a[t], &b[t])
-            for c in range(begin, end):
-                sum_dy[c] += sum_lanes(a[c - begin])
-                sum_dyd[c] += sum_lanes(b[c - begin])
-
-
-cdef void gradient_of_runs(
-    const real* x, const real* dy, real* dx,           # IN, IN, OUT
-    Shape s, Py_ssize_t begin, Py_ssize_t end,         # the tile
-    const real* table,                                 # IN
-) noexcept nogil:
-    cdef Pack[real] center, scale, residue, slope, level
-    cdef Py_ssize_t row, c, i, whole = s.inner // LANES
-    cdef int tail = s.inner % LANES
-    for row in range(s.outer - 1, -1, -1):
-        for c in range(end - 1, begin - 1, -1):
-            center = fill(table[CENTER * s.channels + c])
-            scale = fill(table[SCALE * s.channels + c])
-            residue = fill(table[RESIDUE * s.channels + c])
-            slope = fill(table[SLOPE * s.channels + c])
-            level = fill(table[LEVEL * s.channels + c])
-            i = (row * s.channels + c) * s.inner + whole * LANES
-            if tail:
-                gradient_packs(
-                    x + i, dy + i, dx + i, 1, LANES, tail, center, scale, residue, slope, level
-                )
-            i -= whole * LANES
-            gradient_packs(
-                x + i, dy + i, dx + i, whole, LANES, LANES, center, scale, residue, slope, level
+    """Sum whole rows of short runs position by position, then the positions of each channel."""
+    cdef Job* job = w.job
+    cdef double a[COLUMNS + LANES]
+    cdef double b[COLUMNS + LANES]
+    cdef Py_ssize_t row, c, i, j, width = (end - begin) * job.inner
+    cdef Py_ssize_t stride = job.channels * job.inner
+    cdef Pack[double] sa, sb
+    cdef int lanes
+    for j from 0 <= j < width by LANES:
+        store(a + j, fill(0.0), LANES)
+        store(b + j, fill(0.0), LANES)
+    for row from block.first_row <= row < block.end_row by SUM_ROWS:
+        for j from 0 <= j < width by LANES:
+            i = row * stride + begin * job.inner + j
+            lanes = min(width - j, <Py_ssize_t>LANES)
+            sa, sb = load(<const double*>a + j, LANES), load(<const double*>b + j, LANES)
+            add_packs(
+                x + i, at(dy, i), min(block.end_row - row, <Py_ssize_t>SUM_ROWS), stride, lanes,
+                sa, False, &sa, &sb,
             )
+            store(a + j, sa, LANES)
+            store(b + j, sb, LANES)
+    for c in range(begin, end):
+        i = 2 * (c * w.blocks + index)
+        j = (c - begin) * job.inner
+        w.sums[i] = sum_of(a + j, job.inner)
+        w.sums[i + 1] = sum_of(b + j, job.inner)
+
+
+cdef inline double sum_of(const double* values, Py_ssize_t count) noexcept nogil:
+    cdef Pack[double] total = fill(0.0)
+    cdef Py_ssize_t i
+    for i from 0 <= i < count - LANES + 1 by LANES:
+        total = total + load(values + i, LANES)
+    if count % LANES:
+        total = total + load(values + count - count % LANES, <int>(count % LANES))
+    return sum_lanes(total)
+
+
+cdef void sum_tile(
+    const real* x, const real* dy, Work* w, Py_ssize_t begin, Py_ssize_t end,  # IN
+    Py_ssize_t first_block, Py_ssize_t end_block,
+) noexcept nogil:
+    cdef Job* job = w.job
+    cdef Py_ssize_t index, c, i, some, upto
+    cdef double k, n
+    cdef double* sums
+    cdef Block block
+    for index in range(first_block, end_block):
+        block = block_of_runs(job, index)
+        n = <double>block.length * (block.end_row - block.first_row)
+        if real is not double:
+            upto = begin
+            some = COLUMNS // job.inner if job.inner < SHORT else <Py_ssize_t>MAX_LONG
+            while upto < end:
+                c, upto = upto, min(upto + some, end)
+                if job.inner < SHORT:
+                    sum_short_runs(x, dy, w, c, upto, block, index)
+                else:
+                    sum_long_runs(x, dy, w, c, upto, block, index)
+        for c in range(begin, end):
+            i = (block.first_row * job.channels + c) * job.inner + block.first
+            sums = w.sums + 2 * (c * w.blocks + index)
+            if dy != NULL:
+                if real is double or w.k[c] != 0:
+                    sum_shifted_block(x, dy, w, c, block, w.k[c], &sums[0], &sums[1])
+                continue
+            k = 0
+            if real is double:
+                k = value_of(x + i)
+                sum_shifted_block(x, dy, w, c, block, k, &sums[0], &sums[1])
+            if sums[1] - sums[0] * sums[0] / n < sums[1] * CANCELLED:
+                k += sums[0] / n
+                sum_shifted_block(x, dy, w, c, block, k, &sums[0], &sums[1])
+            sums[1] -= sums[0] * sums[0] / n
+            sums[0] = (k - value_of(x + c * job.inner)) + sums[0] / n
+
+
+cdef void finish_runs(const real* x, Work* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """Put the blocks of some channels together, in order, and make their coefficients."""
+    cdef Job* job = w.job
+    cdef Py_ssize_t c, i
+    cdef double* sums
+    cdef double mean, m2, n, block_n
+    cdef Block block
+    for c in range(begin, end):
+        sums = w.sums + 2 * c * w.blocks
+        mean = m2 = n = 0
+        if job.operation == FORWARD:
+            for i in range(w.blocks):
+                block = block_of_runs(job, i)
+                block_n = <double>block.length * (block.end_row - block.first_row)
+                merge(&mean, &m2, n, sums[2 * i], sums[2 * i + 1], block_n)
+                n += block_n
+            finish_moments(job, c, value_of(x + c * job.inner), mean, m2)
+        else:
+            job.dbeta[c] = job.dgamma[c] = 0
+            for i in range(w.blocks):
+                job.dbeta[c] += sums[2 * i]
+                job.dgamma[c] += sums[2 * i + 1]
+    if job.operation == FORWARD:
+        affine_coefficients(x, w, begin, end)
+    else:
+        gradient_coefficients(x, w, begin, end)
+
+
+cdef inline void put(real* out, Pack[real] a, bint past_cache) noexcept nogil:
+    if past_cache:
+        store_past_cache(out, a)
+    else:
+        store(out, a, LANES)
+
+
+cdef inline void write_run(
+    const real* x, const real* dy, real* out,         # IN; IN, NULL: normalise; OUT
+    Work* w, Py_ssize_t c, Py_ssize_t length,
+    real* line, bint top, bint bottom,                # see write_pieces
+) noexcept nogil:
+    cdef Py_ssize_t row = w.job.channels, head = 0, i, j
+    cdef int tail
+    cdef bint past_cache = w.past_cache
+    cdef Pack[real] center = fill_value(x, w.table, CENTER * row + c)
+    cdef Pack[real] scale = fill_value(x, w.table, SCALE * row + c)
+    cdef Pack[real] shift = fill_value(x, w.table, SHIFT * row + c)
+    cdef Pack[real] slope, level, a
+    if past_cache or length >= ALIGN:
+        head = min(length, <Py_ssize_t>lanes_to_line(out))
+    tail = (length - head) % LANES
+    i = length - tail
+    if dy != NULL:
+        slope = fill_value(x, w.table, SLOPE * row + c)
+        level = fill_value(x, w.table, LEVEL * row + c)
+    if tail:
+        if dy == NULL:
+            a = normalized(x + i, tail, center, scale, shift)
+        else:
+            a = gradient(x + i, dy + i, tail, center, scale, shift, slope, level)
+        if past_cache and not top:
+            store(line, a, tail)
+            store_past_cache(out + i, load(<const real*>line, LANES))
+        else:
+            store(out + i, a, tail)
+    if dy == NULL:
+        for j in range((i - head) // LANES):
+            i -= LANES
+            put(out + i, normalized(x + i, LANES, center, scale, shift), past_cache)
+    else:
+        for j in range((i - head) // LANES):
+            i -= LANES
+            put(
+                out + i, gradient(x + i, dy + i, LANES, center, scale, shift, slope, level),
+                past_cache,
+            )
+    if head:
+        if dy == NULL:
+            a = normalized(x, <int>head, center, scale, shift)
+        else:
+            a = gradient(x, dy, <int>head, center, scale, shift, slope, level)
+        if past_cache and not bottom:
+            store(line + LANES - head, a, <int>head)
+        else:
+            store(out, a, <int>head)
+
+
+cdef void write_pieces(
+    const real* x, const real* dy, real* out,         # IN, IN (NULL: normalise), OUT
+    Work* w, Py_ssize_t first, Py_ssize_t end,
+) noexcept nogil:
+    """Write some pieces of runs, counted in the order of memory.
+
+    Of two neighbours that share a line of the cache, the upper leaves its part in `line` and the
+    lower writes both: past the cache go whole lines only. At top and bottom that cannot be.
+    """
+    cdef Job* job = w.job
+    cdef Py_ssize_t pieces = parts(job.inner, BLOCK)
+    cdef Py_ssize_t run = (end - 1) // pieces, piece = (end - 1) % pieces
+    cdef Py_ssize_t c = run % job.channels, i, t
+    cdef real line[LANES]
+    for t in range(end - 1, first - 1, -1):
+        i = run * job.inner + piece * BLOCK
+        write_run(
+            x + i, at(dy, i), out + i, w, c, min(job.inner - piece * BLOCK, <Py_ssize_t>BLOCK),
+            line, t == end - 1, t == first,
+        )
+        piece -= 1
+        if piece < 0:
+            piece, run = pieces - 1, run - 1
+            c = c - 1 if c else job.channels - 1
+
+
+cdef void unit_of_runs(
+    const real* x, const real* dy, real* out, Work* w, Py_ssize_t unit
+) noexcept nogil:
+    cdef Job* job = w.job
+    cdef Py_ssize_t size = tile_channels(job), pieces = (job.inner + BLOCK - 1) // BLOCK
+    cdef Py_ssize_t tiles = (job.channels + size - 1) // size, tile, begin, end, row, first
+    # What is written: a normalisation of x, or of dy, or a gradient.
+    cdef const real* source = dy if job.operation == BACKWARD_FIXED else x
+    cdef const real* other = dy if job.operation == BACKWARD else NULL
+    if w.step == SUM:
+        begin = unit // w.units * size
+        first = unit % w.units * w.per_unit
+        sum_tile(
+            x, dy, w, begin, min(begin + size, job.channels),
+            first, min(first + w.per_unit, w.blocks),
+        )
+    elif w.step == WRITE:
+        first = unit * w.per_unit
+        end = min(first + w.per_unit, job.outer * job.channels * pieces)
+        write_pieces(source, other, out, w, first, end)
+    else:
+        for tile in range(unit * w.per_unit, min((unit + 1) * w.per_unit, tiles)):
+            begin, end = tile * size, min((tile + 1) * size, job.channels)
+            sum_tile(x, dy, w, begin, end, 0, w.blocks)
+            finish_runs(x, w, begin, end)
+            for row in range(job.outer - 1, -1, -1):
+                first = row * job.channels
+                if w.past_cache and PW and row:
+                    prefetch_to_write(out + (first - job.channels + begin) * job.inner)
+                    prefetch_to_write(out + (first - job.channels + end) * job.inner)
+                write_pieces(
+                    source, other, out, w, (first + begin) * pieces, (first + end) * pieces
+                )
+
+
+cdef void run_runs(const real* x, Work* w) noexcept nogil:
+    cdef Job* job = w.job
+    cdef Py_ssize_t tiles = parts(job.channels, tile_channels(job))
+    cdef Py_ssize_t pieces = job.outer * job.channels * parts(job.inner, BLOCK)
+    if job.operation == INFERENCE:
+        affine_coefficients(x, w, 0, job.channels)
+    elif w.threads == 1 or tiles >= 4 * w.threads:
+        w.step = TILES
+        w.per_unit = parts(tiles, UNITS * w.threads) if w.threads > 1 else tiles
+        run_units(do_unit, w, parts(tiles, w.per_unit), w.threads)
+        return
+    else:
+        w.step = SUM
+        w.per_unit = parts(w.blocks, parts(UNITS * w.threads, tiles))
+        w.units = parts(w.blocks, w.per_unit)
+        run_units(do_unit, w, tiles * w.units, w.threads)
+        finish_runs(x, w, 0, job.channels)
+    w.step = WRITE
+    w.per_unit = parts(pieces, UNITS * w.threads)
+    run_units(do_unit, w, parts(pieces, w.per_unit), w.threads)
 
 
 # ------------------------------------------------------------------------------------------ rows
 
 
-cdef struct Rows:
-    Py_ssize_t fold
-    Py_ssize_t stride  # from one row to the next: fold * channels * inner, of the whole array
-    Py_ssize_t width   # values in a row, here: less than stride in a panel of wide rows
-    Py_ssize_t count   # full rows
-    Py_ssize_t tail    # values in the shorter row behind them, if any
-    Py_ssize_t padded  # width rounded up to full packs: the length of a lane array
+cdef void choose_rows(Work* w, Py_ssize_t begin) noexcept nogil:
+    """Choose the panel that begins at a channel, and describe its rows."""
+    cdef Job* job = w.job
+    cdef Py_ssize_t narrow = job.channels * job.inner, fold
+    fold = max(1, min(MIN_WIDTH // narrow, job.outer))
+    w.begin, w.end = begin, min(begin + parts(PANEL, job.inner), job.channels)
+    w.stride = fold * narrow
+    w.width = fold * (w.end - begin) * job.inner
+    w.count = job.outer // fold
+    w.tail = (job.outer - w.count * fold) * narrow
+    w.block_rows = max(LEAST_ROWS, min(BLOCK_OF_ROWS // w.stride, <Py_ssize_t>MOST_ROWS))
+    w.blocks = parts(w.count, w.block_rows)
+    w.padded = parts(w.width, LANES) * LANES
+    w.wrapped = w.padded + LANES
 
 
-cdef Rows rows_of(Shape s, Py_ssize_t channels) noexcept nogil:
-    """Describe the rows of some of the channels: of all, or of a panel of them."""
-    cdef Rows r
-    cdef Py_ssize_t narrow = s.channels * s.inner
-    r.fold = max(1, min(MIN_WIDTH // narrow, s.outer))
-    r.stride = r.fold * narrow
-    r.width = r.fold * channels * s.inner
-    r.count = s.outer // r.fold
-    r.tail = (s.outer - r.count * r.fold) * channels * s.inner
-    r.padded = (r.width + LANES - 1) // LANES * LANES
-    return r
-
-
-cdef inline Py_ssize_t panel_channels(Shape s) noexcept nogil:
-    """Return how many channels to take at once, so that the lane arrays stay in the cache."""
-    return min(s.channels, (PANEL + s.inner - 1) // s.inner)
-
-
-cdef void spread(const real* values, Shape s, Rows r, real* lanes) noexcept nogil:
-    """Write the value of its channel (IN) into each lane of a row (OUT)."""
-    cdef Py_ssize_t f, c, i, j = 0
-    for f in range(r.fold):
-        for c in range(s.channels):
-            for i in range(s.inner):
-                lanes[j] = values[c]
+cdef void spread(
+    const real* type, Work* w, const void* values, Py_ssize_t row,  # IN: a row of a table
+    void* lanes, Py_ssize_t at, Py_ssize_t length,                  # OUT: from `at`
+) noexcept nogil:
+    """Write the value of its channel into each lane, over and over."""
+    cdef Py_ssize_t fold, c, i, j = 0
+    for fold in range(w.stride // (w.job.channels * w.job.inner)):
+        for c in range(w.begin, w.end):
+            for i in range(w.job.inner):
+                put_value(type, lanes, at + j, get_value(type, values, row * w.job.channels + c))
                 j += 1
-    for j in range(r.width, r.padded):
-        lanes[j] = 0
+    for j in range(w.width, length):
+        put_value(type, lanes, at + j, get_value(type, lanes, at + j - w.width))
+
+
+cdef inline void add_rows(
+    const real* x, const real* dy, Py_ssize_t stride, Py_ssize_t rows, int lanes,  # IN
+    Pack[double] k, bint shifted,
+    Pack[double]* a, Pack[double]* b,                                              # IN/OUT
+) noexcept nogil:
+    """Add a column of packs, in the order in which whole rows are added."""
+    cdef Py_ssize_t row
+    for row from 0 <= row < rows by SUM_ROWS:
+        add_packs(
+            x + row * stride, at(dy, row * stride),
+            min(rows - row, <Py_ssize_t>SUM_ROWS), stride, lanes, k, shifted, a, b,
+        )
 
 
 cdef void moments_of_rows(
-    const real* x, Shape s, Rows r,  # IN
-    double* lanes,                   # scratch, four lane arrays
-    Statistics stats,                # OUT
+    const real* x, const real* block, Work* w, Py_ssize_t rows,  # IN: the panel, its block
+    double* a, double* b,                                        # IN/OUT: sums, moments
 ) noexcept nogil:
-    cdef double* mean = lanes
-    cdef double* m2 = lanes + r.padded
-    cdef double* sum_d = lanes + 2 * r.padded
-    cdef double* sum_dd = lanes + 3 * r.padded
-    cdef Pack[double] a, b
-    cdef Py_ssize_t first_row, rows, row, f, c, i, j
-    cdef double n, block_n
-    cdef int present
-    cdef const real* block
-    for j in range(r.width):
-        mean[j] = m2[j] = 0
-    for first_row from 0 <= first_row < r.count by BLOCK_ROWS:
-        rows = min(r.count - first_row, <Py_ssize_t>BLOCK_ROWS)
-        block = x + first_row * r.stride
-        for j in range(r.padded):
-            sum_d[j] = sum_dd[j] = 0
-        for row from 0 <= row < rows by SUM_ROWS:
-            for j from 0 <= j < r.width by LANES:
-                present = min(r.width - j, <Py_ssize_t>LANES)
-                a = load(<const double*>sum_d + j, LANES)
-                b = load(<const double*>sum_dd + j, LANES)
-                sum_packs(
-                    block + row * r.stride + j, min(rows - row, <Py_ssize_t>SUM_ROWS), r.stride,
-                    present, load_wide(block + j, present), &a, &b,
-                )
-                store(sum_d + j, a, LANES)
-                store(sum_dd + j, b, LANES)
-        block_n = rows
-        for j in range(r.width):
-            merge(
-                &mean[j], &m2[j], first_row,
-                (<double>block[j] - <double>x[j]) + sum_d[j] / block_n,
-                sum_dd[j] - sum_d[j] * sum_d[j] / block_n, block_n,
-            )
-    block = x + r.count * r.stride
-    for j in range(r.tail):
-        merge(&mean[j], &m2[j], r.count, <double>block[j] - <double>x[j], 0, 1)
-    if r.width == s.channels:  # a lane is a channel
-        for c in range(s.channels):
-            stats.mean[c], stats.var[c] = mean[c], m2[c]
-            finish(stats, c, x[c], r.count)
-        return
-    for c in range(s.channels):
-        stats.mean[c] = stats.var[c] = n = 0
-        for f in range(r.fold):
-            for i in range(s.inner):
-                j = (f * s.channels + c) * s.inner + i
-                block_n = r.count + (j < r.tail)
-                merge(
-                    &stats.mean[c], &stats.var[c], n,
-                    (<double>x[j] - <double>x[c * s.inner]) + mean[j], m2[j], block_n,
-                )
-                n += block_n
-        finish(stats, c, x[c * s.inner], n)
-
-
-cdef inline void normalize_row(
-    const real* x, real* y, Py_ssize_t length,  # IN, OUT
-    const real* lanes, Py_ssize_t padded,       # IN, a table of lanes
-) noexcept nogil:
+    """Turn the sums of a block into its moments, after summing it again where they cancel."""
+    cdef Pack[double] one = fill(1.0), zero = fill(0.0), limit = fill(CANCELLED)
+    cdef Pack[double] per_row = fill(1.0 / rows), sa, sb, k, m2
     cdef Py_ssize_t j
-    for j from (length - 1) // LANES * LANES >= j >= 0 by LANES:
-        normalize_packs(
-            x + j, y + j, 1, LANES, min(length - j, <Py_ssize_t>LANES),
-            load(lanes + CENTER * padded + j, LANES),
-            load(lanes + SCALE * padded + j, LANES),
-            load(lanes + SHIFT * padded + j, LANES),
-        )
+    cdef int lanes
+    for j from 0 <= j < w.width by LANES:
+        lanes = min(w.width - j, <Py_ssize_t>LANES)
+        sa, sb = load(<const double*>a + j, LANES), load(<const double*>b + j, LANES)
+        k = load_wide(block + j, lanes) if real is double else zero
+        m2 = sb - sa * sa * per_row
+        if sum_lanes(where_less(m2, sb * limit, one, zero)) > 0:
+            k = where_less(m2, sb * limit, k + sa * per_row, k)
+            sa = sb = zero
+            add_rows(block + j, <const real*>NULL, w.stride, rows, lanes, k, True, &sa, &sb)
+            m2 = sb - sa * sa * per_row
+        store(a + j, (k - load_wide(x + j, lanes)) + sa * per_row, LANES)
+        store(b + j, m2, LANES)
 
 
-cdef void normalize_rows(
-    const real* x, real* y, Shape s, Rows r,  # IN, OUT
-    const real* table,                        # IN
-    real* lanes,                              # scratch, a table of lanes
+cdef void sum_rows(
+    const real* x, const real* dy, Work* w, Py_ssize_t index  # IN: the panel; which block
 ) noexcept nogil:
-    cdef Py_ssize_t row, i = r.count * r.stride
-    for row in range(SHIFT + 1):
-        spread(table + row * s.channels, s, r, lanes + row * r.padded)
-    normalize_row(x + i, y + i, r.tail, lanes, r.padded)
-    for row in range(r.count):
-        i -= r.stride
-        normalize_row(x + i, y + i, r.width, lanes, r.padded)
-
-
-cdef inline void sum_gradient_of_block(
-    const real* x, const real* dy, Rows r, Py_ssize_t rows, Py_ssize_t length,  # IN; of each row
-    double* lanes,  # five lane arrays: mean is IN, sums over all blocks IN/OUT, of this one scratch
-) noexcept nogil:
-    cdef double* total_dy = lanes + r.padded
-    cdef double* total_dyd = lanes + 2 * r.padded
-    cdef double* sum_dy = lanes + 3 * r.padded
-    cdef double* sum_dyd = lanes + 4 * r.padded
-    cdef Pack[double] a, b
-    cdef Py_ssize_t row, i, j
-    for j in range(r.padded):
-        sum_dy[j] = sum_dyd[j] = 0
+    cdef double* a = w.sums + 2 * index * w.padded
+    cdef double* b = a + w.padded
+    cdef double* k = w.k + w.job.channels  # of each lane
+    cdef Py_ssize_t first_row = index * w.block_rows, row, i, j
+    cdef Py_ssize_t rows = min(w.count - first_row, w.block_rows)
+    cdef Pack[double] sa, sb, shift = fill(0.0)
+    cdef int lanes
+    for j in range(2 * w.padded):
+        a[j] = 0
     for row from 0 <= row < rows by SUM_ROWS:
-        for j from 0 <= j < length by LANES:
-            i = row * r.stride + j
-            a = load(<const double*>sum_dy + j, LANES)
-            b = load(<const double*>sum_dyd + j, LANES)
-            sum_gradient_packs(
-                x + i, dy + i, min(rows - row, <Py_ssize_t>SUM_ROWS), r.stride,
-                min(length - j, <Py_ssize_t>LANES), load(<const double*>lanes + j, LANES), &a, &b,
-            )
-            store(sum_dy + j, a, LANES)
-            store(sum_dyd + j, b, LANES)
-    for j in range(r.padded):
-        total_dy[j] += sum_dy[j]
-        total_dyd[j] += sum_dyd[j]
+        for j from 0 <= j < w.width by LANES:
+            i = (first_row + row) * w.stride + j
+            lanes = min(w.width - j, <Py_ssize_t>LANES)
+            sa, sb = load(<const double*>a + j, LANES), load(<const double*>b + j, LANES)
+            if dy != NULL:
+                if w.shifted:
+                    shift = load(<const double*>k + j, LANES)
+                add_packs(
+                    x + i, dy + i, min(rows - row, <Py_ssize_t>SUM_ROWS), w.stride, lanes, shift,
+                    w.shifted, &sa, &sb,
+                )
+            else:
+                if real is double:
+                    shift = load_wide(x + first_row * w.stride + j, lanes)
+                add_packs(
+                    x + i, dy, min(rows - row, <Py_ssize_t>SUM_ROWS), w.stride, lanes, shift,
+                    False, &sa, &sb,
+                )
+            store(a + j, sa, LANES)
+            store(b + j, sb, LANES)
+    if dy == NULL:
+        moments_of_rows(x, x + first_row * w.stride, w, rows, a, b)
 
 
-cdef void sum_gradient_of_rows(
-    const real* x, const real* dy, Shape s, Rows r, const double* mean,  # IN
-    double* lanes,                                                       # scratch, five arrays
-    double* sum_dy, double* sum_dyd,                                     # OUT
-) noexcept nogil:
-    cdef Py_ssize_t row, i, j, f, c
-    spread(mean, s, r, lanes)
-    for j in range(r.padded, 3 * r.padded):
-        lanes[j] = 0
-    for row from 0 <= row < r.count by BLOCK_ROWS:
-        i = row * r.stride
-        j = min(r.count - row, <Py_ssize_t>BLOCK_ROWS)
-        sum_gradient_of_block(x + i, dy + i, r, j, r.width, lanes)
-    i = r.count * r.stride
-    sum_gradient_of_block(x + i, dy + i, r, 1, r.tail, lanes)
-    for c in range(s.channels):
-        sum_dy[c] = sum_dyd[c] = 0
-    for f in range(r.fold):
-        for c in range(s.channels):
-            for i in range(s.inner):
-                j = (f * s.channels + c) * s.inner + i
-                sum_dy[c] += lanes[r.padded + j]
-                sum_dyd[c] += lanes[2 * r.padded + j]
-
-
-cdef inline void gradient_of_row(
-    const real* x, const real* dy, real* dx, Py_ssize_t length,  # IN, IN, OUT
-    const real* lanes, Py_ssize_t padded,                        # IN, a table of lanes
-) noexcept nogil:
+cdef void merge_lanes(Work* w, Py_ssize_t block) noexcept nogil:
+    """Take a block into the sums or moments of those before it, all lanes side by side."""
+    cdef double* into = w.sums
+    cdef const double* sums = w.sums + 2 * block * w.padded
+    cdef double n = <double>block * w.block_rows
+    cdef double block_n = min(w.count - block * w.block_rows, w.block_rows)
+    cdef Pack[double] weight = fill(block_n / (n + block_n)), both = fill(n) * weight, a, b, delta
     cdef Py_ssize_t j
-    for j from (length - 1) // LANES * LANES >= j >= 0 by LANES:
-        gradient_packs(
-            x + j, dy + j, dx + j, 1, LANES, min(length - j, <Py_ssize_t>LANES),
-            load(lanes + CENTER * padded + j, LANES),
-            load(lanes + SCALE * padded + j, LANES),
-            load(lanes + RESIDUE * padded + j, LANES),
-            load(lanes + SLOPE * padded + j, LANES),
-            load(lanes + LEVEL * padded + j, LANES),
-        )
+    for j from 0 <= j < w.padded by LANES:
+        a = load(<const double*>into + j, LANES)
+        b = load(<const double*>into + w.padded + j, LANES)
+        if w.job.operation == FORWARD:
+            delta = load(sums + j, LANES) - a
+            a = a + delta * weight
+            b = b + (load(sums + w.padded + j, LANES) + delta * delta * both)
+        else:
+            a = a + load(sums + j, LANES)
+            b = b + load(sums + w.padded + j, LANES)
+        store(into + j, a, LANES)
+        store(into + w.padded + j, b, LANES)
 
 
-cdef void gradient_of_rows(
-    const real* x, const real* dy, real* dx, Shape s, Rows r,  # IN, IN, OUT
-    const real* table,                                         # IN
-    real* lanes,                                               # scratch, a table of lanes
+cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
+    """Put the blocks of the panel together, in order, and then the lanes of each channel."""
+    cdef Job* job = w.job
+    cdef double* a = w.sums
+    cdef double* b = a + w.padded
+    cdef double* k = w.k + job.channels
+    cdef Py_ssize_t block, c, f, i, j, channels = w.end - w.begin
+    cdef const real* last_x = x + w.count * w.stride
+    cdef double mean, m2, n, block_n, g
+    for block in range(1, w.blocks):
+        merge_lanes(w, block)
+    for c in range(w.begin, w.end):
+        mean = m2 = n = 0
+        for f in range(w.stride // (job.channels * job.inner)):
+            for i in range(job.inner):
+                j = (f * channels + c - w.begin) * job.inner + i
+                if dy != NULL:
+                    mean += a[j]
+                    m2 += b[j]
+                    if j < w.tail:
+                        g = value_of(dy + w.count * w.stride + j)
+                        mean += g
+                        m2 += g * (value_of(last_x + j) - k[j])
+                    continue
+                if j < w.tail:
+                    merge(
+                        &a[j], &b[j], w.count, value_of(last_x + j) - value_of(x + j), 0, 1
+                    )
+                block_n = w.count + (j < w.tail)
+                g = value_of(x + j) - value_of(x + (c - w.begin) * job.inner)
+                merge(&mean, &m2, n, g + a[j], b[j], block_n)
+                n += block_n
+        if dy != NULL:
+            job.dbeta[c], job.dgamma[c] = mean, m2
+        else:
+            finish_moments(job, c, value_of(x + (c - w.begin) * job.inner), mean, m2)
+
+
+cdef inline Pack[real] pack_of_row(
+    const real* x, const real* dy, Work* w, Py_ssize_t lane, int lanes
 ) noexcept nogil:
-    cdef Py_ssize_t row, i = r.count * r.stride
-    for row in range(TABLE):
-        spread(table + row * s.channels, s, r, lanes + row * r.padded)
-    gradient_of_row(x + i, dy + i, dx + i, r.tail, lanes, r.padded)
-    for row in range(r.count):
-        i -= r.stride
-        gradient_of_row(x + i, dy + i, dx + i, r.width, lanes, r.padded)
+    """Return what is written for the values at x, the first of which is in a certain lane."""
+    cdef Pack[real] center = load_values(x, w.lanes, CENTER * w.wrapped + lane)
+    cdef Pack[real] scale = load_values(x, w.lanes, SCALE * w.wrapped + lane)
+    cdef Pack[real] shift = load_values(x, w.lanes, SHIFT * w.wrapped + lane)
+    if dy == NULL:
+        return normalized(x, lanes, center, scale, shift)
+    return gradient(
+        x, dy, lanes, center, scale, shift,
+        load_values(x, w.lanes, SLOPE * w.wrapped + lane),
+        load_values(x, w.lanes, LEVEL * w.wrapped + lane),
+    )
+
+
+cdef inline void write_lanes(
+    const real* x, const real* dy, real* out,                   # IN, IN (NULL: normalise), OUT
+    Work* w, Py_ssize_t lane, Py_ssize_t length,                # lane: of the first value
+) noexcept nogil:
+    """Write contiguous values, whose lanes begin again and again."""
+    cdef Py_ssize_t head = min(length, <Py_ssize_t>lanes_to_line(out)), i, j, t
+    cdef int tail = (length - head) % LANES
+    i = length - tail
+    j = (lane + i) % w.width
+    if tail:
+        store(out + i, pack_of_row(x + i, at(dy, i), w, j, tail), tail)
+    for t in range((i - head) // LANES):
+        i -= LANES
+        j -= LANES
+        while j < 0:
+            j += w.width
+        if dy == NULL:
+            put(out + i, pack_of_row(x + i, <const real*>NULL, w, j, LANES), w.past_cache)
+        else:
+            put(out + i, pack_of_row(x + i, dy + i, w, j, LANES), w.past_cache)
+    if head:
+        store(out, pack_of_row(x, dy, w, lane % w.width, <int>head), <int>head)
+
+
+cdef void unit_of_rows(
+    const real* x, const real* dy, real* out, Work* w, Py_ssize_t unit
+) noexcept nogil:
+    cdef Job* job = w.job
+    cdef const real* source = dy if job.operation == BACKWARD_FIXED else x
+    cdef const real* other = dy if job.operation == BACKWARD else NULL
+    cdef Py_ssize_t first = unit * w.per_unit, end, i
+    cdef Py_ssize_t whole = job.outer * job.channels * job.inner
+    if w.step == SUM:
+        sum_rows(x, dy, w, unit)
+    elif w.width == w.stride:  # a unit is some values
+        end = min(first + w.per_unit, whole)
+        write_lanes(
+            source + first, at(other, first), out + first,
+            w, first % w.width, end - first,
+        )
+    else:  # a unit is some rows of the panel
+        end = min(first + w.per_unit, w.count)
+        i = end * w.stride
+        while i > first * w.stride:
+            i -= w.stride
+            write_lanes(
+                source + i, at(other, i), out + i, w, 0, w.width
+            )
+
+
+cdef void run_rows(const real* x, Work* w) noexcept nogil:
+    cdef Job* job = w.job
+    cdef const real* dy = <const real*>job.dy
+    cdef Py_ssize_t row, whole, end = 0
+    while end < job.channels:
+        choose_rows(w, end)
+        end = w.end
+        whole = w.begin * job.inner  # the panel begins there
+        if job.operation != INFERENCE:
+            w.step = SUM
+            if dy != NULL:
+                spread(<const double*>NULL, w, w.k, 0, w.k + job.channels, 0, w.padded)
+            run_units(do_unit, w, w.blocks, w.threads)
+            finish_rows(x + whole, at(dy, whole), w)
+        if dy != NULL:
+            gradient_coefficients(x, w, w.begin, w.end)
+        else:
+            affine_coefficients(x, w, w.begin, w.end)
+        for row in range(TABLE if job.operation == BACKWARD else SHIFT + 1):
+            spread(x, w, w.table, row, w.lanes, row * w.wrapped, w.wrapped)
+        w.step = WRITE
+        whole = job.outer * job.channels * job.inner if w.width == w.stride else w.count
+        w.per_unit = parts(whole, UNITS * w.threads)
+        run_units(do_unit, w, parts(whole, w.per_unit), w.threads)
 
 
 # ---------------------------------------------------------------------------------- entry points
 
 
-cdef inline const double* at(const double* values, Py_ssize_t begin) noexcept nogil:
-    return values + begin if values else NULL
+cdef void unit_of(const real* x, Work* w, Py_ssize_t unit) noexcept nogil:
+    cdef Py_ssize_t first = w.begin * w.job.inner  # where a panel of rows begins
+    cdef const real* dy = <const real*>w.job.dy
+    cdef real* out = <real*>w.job.out
+    if w.rows:
+        unit_of_rows(x + first, at(dy, first), out + first, w, unit)
+    else:
+        unit_of_runs(x, dy, out, w, unit)
+    if w.past_cache:
+        fence()
 
 
-cdef inline Statistics part_of(Statistics s, Py_ssize_t begin) noexcept nogil:
-    return Statistics(s.mean + begin, <double*>at(s.mean_low, begin), s.var + begin)
+cdef void do_unit(void* work, Py_ssize_t unit) noexcept nogil:
+    cdef Work* w = <Work*>work
+    if w.job.type == FLOAT32:
+        unit_of(<const float*>w.job.x, w, unit)
+    elif w.job.type == FLOAT16:
+        unit_of(<const Half*>w.job.x, w, unit)
+    elif w.job.type == BFLOAT16:
+        unit_of(<const Bfloat*>w.job.x, w, unit)
+    else:
+        unit_of(<const double*>w.job.x, w, unit)
 
 
-cdef void run_forward(
-    const real* x, real* y, Shape s, const double* gamma, const double* beta, double eps,
-    Statistics stats, double* scratch,
-) noexcept nogil:
-    cdef real* table = <real*>scratch
-    cdef double* lanes = scratch + TABLE * panel_channels(s)
-    cdef Py_ssize_t begin, i, end = 0
-    cdef Statistics part
-    cdef Shape p = s
-    cdef Rows r
-    while end < s.channels:
-        if s.inner >= LANES:
-            begin, end = end, min(end + tile_channels(s), s.channels)
-            moments_of_runs(x, s, begin, end, stats)
-            affine_coefficients(begin, end, stats, gamma, beta, eps, table, s.channels)
-            normalize_runs(x, y, s, begin, end, table)
-        else:
-            begin, end = end, min(end + panel_channels(s), s.channels)
-            p.channels = end - begin
-            part, r, i = part_of(stats, begin), rows_of(s, p.channels), begin * s.inner
-            moments_of_rows(x + i, p, r, lanes, part)
-            affine_coefficients(
-                0, p.channels, part, at(gamma, begin), at(beta, begin), eps, table, p.channels
-            )
-            normalize_rows(x + i, y + i, p, r, table, <real*>lanes)
+cdef int run_typed(const real* x, Job* job) noexcept nogil:
+    cdef Work w
+    cdef double size = <double>job.outer * job.channels * job.inner * sizeof(real)
+    cdef Py_ssize_t doubles
+    w.job = job
+    w.rows = job.inner < LANES
+    w.begin = 0
+    w.shifted = False
+    w.threads = threads_for(2 * size)
+    w.past_cache = size > PAST_CACHE * cache_size() and job.out != job.x and job.out != job.dy
+    doubles = TABLE * job.channels + job.channels
+    if w.rows:
+        choose_rows(&w, 0)
+        doubles += TABLE * w.wrapped + w.padded + 2 * w.blocks * w.padded
+    else:
+        w.blocks = blocks_of_runs(job)
+        doubles += 2 * w.blocks * job.channels
+    w.table = malloc(doubles * sizeof(double))
+    if w.table == NULL:
+        return -1
+    w.k = <double*>w.table + TABLE * job.channels
+    w.sums = w.k + job.channels
+    if w.rows:
+        w.sums += w.padded
+        w.lanes = w.sums + 2 * w.blocks * w.padded
+    if job.dy != NULL:
+        choose_shifts(x, &w)
+    if w.rows:
+        run_rows(x, &w)
+    else:
+        run_runs(x, &w)
+    free(w.table)
+    return 0
 
 
-cdef void run_inference(
-    const real* x, real* y, Shape s, const double* gamma, const double* beta, double eps,
-    Statistics stats, double* scratch,
-) noexcept nogil:
-    cdef real* table = <real*>scratch
-    cdef double* lanes = scratch + TABLE * panel_channels(s)
-    cdef Py_ssize_t begin, i, end = 0
-    cdef Shape p = s
-    if s.inner >= LANES:
-        affine_coefficients(0, s.channels, stats, gamma, beta, eps, table, s.channels)
-        normalize_runs(x, y, s, 0, s.channels, table)
-        return
-    while end < s.channels:
-        begin, end = end, min(end + panel_channels(s), s.channels)
-        p.channels, i = end - begin, begin * s.inner
-        affine_coefficients(
-            0, p.channels, part_of(stats, begin), at(gamma, begin), at(beta, begin), eps,
-            table, p.channels,
-        )
-        normalize_rows(x + i, y + i, p, rows_of(s, p.channels), table, <real*>lanes)
+cdef int run(Job* job) noexcept nogil:
+    if job.type == FLOAT32:
+        return run_typed(<const float*>job.x, job)
+    if job.type == FLOAT16:
+        return run_typed(<const Half*>job.x, job)
+    if job.type == BFLOAT16:
+        return run_typed(<const Bfloat*>job.x, job)
+    return run_typed(<const double*>job.x, job)
 
 
-cdef void run_backward(
-    const real* x, const real* dy, real* dx, Shape s, const double* gamma, double eps,
-    Statistics stats, bint fixed, double* dgamma, double* dbeta, double* scratch,
-) noexcept nogil:
-    cdef real* table = <real*>scratch
-    cdef double* lanes = scratch + TABLE * panel_channels(s)
-    cdef double count = <double>s.outer * s.inner
-    cdef Py_ssize_t begin, i, end = 0
-    cdef Statistics part
-    cdef Shape p = s
-    cdef Rows r
-    while end < s.channels:
-        if s.inner >= LANES:
-            begin, end = end, min(end + tile_channels(s), s.channels)
-            sum_gradient_of_runs(x, dy, s, begin, end, stats.mean, dbeta, dgamma)
-            gradient_coefficients(
-                begin, end, stats, count, gamma, eps, fixed, dgamma, dbeta, table, s.channels
-            )
-            if fixed:
-                normalize_runs(dy, dx, s, begin, end, table)
-            else:
-                gradient_of_runs(x, dy, dx, s, begin, end, table)
-        else:
-            begin, end = end, min(end + panel_channels(s), s.channels)
-            p.channels = end - begin
-            part, r, i = part_of(stats, begin), rows_of(s, p.channels), begin * s.inner
-            sum_gradient_of_rows(
-                x + i, dy + i, p, r, part.mean, lanes, dbeta + begin, dgamma + begin
-            )
-            gradient_coefficients(
-                0, p.channels, part, count, at(gamma, begin), eps, fixed,
-                dgamma + begin, dbeta + begin, table, p.channels,
-            )
-            if fixed:
-                normalize_rows(dy + i, dx + i, p, r, table, <real*>lanes)
-            else:
-                gradient_of_rows(x + i, dy + i, dx + i, p, r, table, <real*>lanes)
-
-
-cdef double* scratch_for(Shape s) except NULL:
-    """Allocate a table of coefficients, and for a panel of rows a table of lanes."""
-    cdef Py_ssize_t length = s.channels
-    if s.inner < LANES:
-        length = panel_channels(s) + rows_of(s, panel_channels(s)).padded
-    cdef double* scratch = <double*>malloc(TABLE * length * sizeof(double))
-    if scratch == NULL:
-        raise MemoryError(f"fastbn: no memory for the coefficients of {s.channels} channels")
-    return scratch
-
-
-cdef inline void* data(cnp.ndarray array):
-    return cnp.PyArray_DATA(array) if array is not None else NULL
-
-
-cdef inline bint is_single(cnp.ndarray array):
-    return cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32
-
-
-def forward(
-    cnp.ndarray x not None, cnp.ndarray y not None,
-    Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner,
-    cnp.ndarray gamma, cnp.ndarray beta, double eps,
-    cnp.ndarray mean not None, cnp.ndarray mean_low not None, cnp.ndarray var not None,
-):
-    """Normalise by the minibatch's own statistics: y, mean, mean_low and var are OUT.
-
-    The caller has checked everything: x and y are both float32 or both float64, aligned, of the
-    same memory order and outer * channels * inner > 0 values; the others are float64, contiguous,
-    one value per channel (gamma and beta may be None). So in all entry points.
-    """
-    cdef Shape s = Shape(outer, channels, inner)
-    cdef Statistics stats = Statistics(<double*>data(mean), <double*>data(mean_low),
-                                       <double*>data(var))
-    cdef double* g = <double*>data(gamma)
-    cdef double* b = <double*>data(beta)
-    cdef void* px = data(x)
-    cdef void* py = data(y)
-    cdef bint single = is_single(x)
-    cdef double* scratch = scratch_for(s)
-    with nogil:
-        if single:
-            run_forward(<const float*>px, <float*>py, s, g, b, eps, stats, scratch)
-        else:
-            run_forward(<const double*>px, <double*>py, s, g, b, eps, stats, scratch)
-        free(scratch)
-
-
-def inference(
-    cnp.ndarray x not None, cnp.ndarray y not None,
-    Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner,
-    cnp.ndarray gamma, cnp.ndarray beta, double eps,
-    cnp.ndarray mean not None, cnp.ndarray var not None,
-):
-    """Normalise by given statistics: y is OUT."""
-    cdef Shape s = Shape(outer, channels, inner)
-    cdef Statistics stats = Statistics(<double*>data(mean), NULL, <double*>data(var))
-    cdef double* g = <double*>data(gamma)
-    cdef double* b = <double*>data(beta)
-    cdef void* px = data(x)
-    cdef void* py = data(y)
-    cdef bint single = is_single(x)
-    cdef double* scratch = scratch_for(s)
-    with nogil:
-        if single:
-            run_inference(<const float*>px, <float*>py, s, g, b, eps, stats, scratch)
-        else:
-            run_inference(<const double*>px, <double*>py, s, g, b, eps, stats, scratch)
-        free(scratch)
-
-
-def backward(
-    cnp.ndarray x not None, cnp.ndarray dy not None, cnp.ndarray dx not None,
-    Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner,
-    cnp.ndarray gamma, double eps,
-    cnp.ndarray mean not None, cnp.ndarray mean_low, cnp.ndarray var not None, bint fixed,
-    cnp.ndarray dgamma not None, cnp.ndarray dbeta not None,
-):
-    """Gradients of forward, or of inference where the statistics are `fixed`.
-
-    mean_low may be None. dx, dgamma and dbeta are OUT.
-    """
-    cdef Shape s = Shape(outer, channels, inner)
-    cdef Statistics stats = Statistics(<double*>data(mean), <double*>data(mean_low),
-                                       <double*>data(var))
-    cdef double* g = <double*>data(gamma)
-    cdef double* dg = <double*>data(dgamma)
-    cdef double* db = <double*>data(dbeta)
-    cdef void* px = data(x)
-    cdef void* pg = data(dy)
-    cdef void* pd = data(dx)
-    cdef bint single = is_single(x)
-    cdef double* scratch = scratch_for(s)
-    with nogil:
-        if single:
-            run_backward(<const float*>px, <const float*>pg, <float*>pd, s, g, eps, stats, fixed,
-                         dg, db, scratch)
-        else:
-            run_backward(<const double*>px, <const double*>pg, <double*>pd, s, g, eps, stats,
-                         fixed, dg, db, scratch)
-        free(scratch)
+# What `functional` calls: a function of the type Run in _job.pxd.
+kernel = PyCapsule_New(<void*>run, "fastbn._kernels.run", NULL)

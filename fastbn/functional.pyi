@@ -1,3 +1,4 @@
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -40,5 +41,8 @@ def inference_with_cache(
     beta: ArrayLike | None,
     axis: int,
     eps: float,
-    out: NDArray[Any] | None,
 ) -> tuple[NDArray[Any], Cache]: ...
+def update_running(
+    cache: Cache, mean: NDArray[np.float64], var: NDArray[np.float64], weight: float
+) -> None: ...
+def use_kernels(module: ModuleType) -> None: ...

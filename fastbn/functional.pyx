@@ -1,22 +1,66 @@
 """Batch normalisation as functions: check, allocate, call the kernel.
 
 Everything that can be wrong with the arguments is found here, before anything is written. The
-kernels get contiguous memory (see `_plan`) and per-channel arrays of float64.
+kernels get contiguous memory (see `_plan`) and per-channel values of float64.
+
+A call with small arrays costs what is done here, so the way of an ndarray that is as one expects,
+contiguous, aligned and of a common type, goes through C alone; anything else takes its time.
 """
 
 from operator import index
 
 import numpy as np
 
+cimport cython
 cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport isfinite
+from libc.stdlib cimport free, malloc
 
-from fastbn._dispatch import kernels
+from fastbn import _blocks, _dispatch
+from fastbn._job cimport (
+    BACKWARD,
+    BACKWARD_FIXED,
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    FORWARD,
+    INFERENCE,
+    Job,
+    Run,
+    Type,
+)
 from fastbn._plan import plan
 
 cnp.import_array()
 
+cdef enum:
+    OTHER = -1           # a type that kernels do not take
+    SMALL = 1 << 15      # values: a call below is over before another thread would get the GIL
+    RECYCLED = 32 << 20  # bytes: malloc gives larger blocks back, and a new one faults in each page
 
+cdef Run run
+
+
+def use_kernels(module):
+    """Call the kernels of this module, one of fastbn._kernels_*, from now on."""
+    global run
+    run = <Run>PyCapsule_GetPointer(module.kernel, "fastbn._kernels.run")
+
+
+use_kernels(_dispatch.kernels)
+
+# The rows of a cache's statistics.
+cdef enum:
+    MEAN
+    MEAN_LOW
+    VAR
+    GAMMA
+    ROWS
+
+
+@cython.freelist(16)
 cdef class Cache:
     """What `batch_norm_backward` needs of the forward pass.
 
@@ -28,22 +72,55 @@ cdef class Cache:
         The statistics of each channel; var is biased (divided by M).
     """
 
-    cdef readonly object mean
-    cdef readonly object var
-    cdef object mean_low        # what rounding took from mean; None where mean was given
-    cdef cnp.ndarray x          # in memory as the kernels want it; None once out= overwrote it
-    cdef tuple dims             # (outer, channels, inner)
-    cdef object gamma           # float64 copy, or None
-    cdef tuple gamma_like       # (shape, dtype) in which the gradients are returned
-    cdef tuple beta_like
+    cdef cnp.ndarray statistics  # float64, one row each: mean, its low part, var, gamma
+    cdef cnp.ndarray x           # in memory as the kernels want it; None once out= overwrote it
+    cdef Type type
+    cdef Py_ssize_t outer
+    cdef Py_ssize_t channels
+    cdef Py_ssize_t inner
     cdef double eps
-    cdef bint fixed             # the statistics were given, so they are constants
+    cdef bint fixed              # the statistics were given, so they are constants
+    cdef bint scaled             # gamma was given
+    cdef cnp.ndarray gamma_like  # has the shape and dtype of the gradient; None: (C,), as x
+    cdef cnp.ndarray beta_like
+
+    @property
+    def mean(self):
+        return self.statistics[MEAN]
+
+    @property
+    def var(self):
+        return self.statistics[VAR]
+
+    cdef inline double* row(self, int which):
+        return <double*>cnp.PyArray_DATA(self.statistics) + which * self.channels
+
+
+# -------------------------------------------------------------------------------------- checking
+
+
+cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
+
+
+cdef int type_of(cnp.ndarray array):
+    """Return the Type of the elements, in either byte order, or OTHER."""
+    global bfloat16_number
+    cdef int number = cnp.PyArray_TYPE(array)
+    if number == cnp.NPY_FLOAT32:
+        return FLOAT32
+    if number == cnp.NPY_FLOAT64:
+        return FLOAT64
+    if number == cnp.NPY_FLOAT16:
+        return FLOAT16
+    if number == bfloat16_number or array.dtype.name == "bfloat16":
+        bfloat16_number = number
+        return BFLOAT16
+    return OTHER
 
 
 cdef cnp.ndarray as_floats(object value, str name):
-    """Return value as an ndarray of float32 or float64, in any memory order and byte order."""
+    """Return value as an ndarray of a type that type_of knows, in any memory and byte order."""
     cdef cnp.ndarray array
-    cdef int kind
     if type(value) is np.ndarray:
         array = value
     elif isinstance(value, np.ma.MaskedArray):
@@ -53,10 +130,11 @@ cdef cnp.ndarray as_floats(object value, str name):
             array = np.asarray(value)
         except ValueError as error:
             raise ValueError(f"{name}: expected an array_like of numbers, got {error}") from None
-    kind = cnp.PyArray_TYPE(array)
-    if kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64:
+    if type_of(array) == OTHER:
         if array.dtype.kind not in "biu":
-            raise TypeError(f"{name}: expected float32 or float64, got {array.dtype}")
+            raise TypeError(
+                f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}"
+            )
         array = array.astype(np.float64)
     return array
 
@@ -66,19 +144,34 @@ cdef inline bint is_ready(cnp.ndarray array):
     return cnp.PyArray_ISALIGNED(array) and cnp.PyArray_ISNOTSWAPPED(array)
 
 
-cdef tuple memory_of(cnp.ndarray x, object axis):
-    """Return x, or a copy that the kernels can walk, and its (outer, channels, inner)."""
-    cdef tuple shape = (<object>x).shape
+cdef bint take_x(Cache cache, cnp.ndarray x, object axis) except -1:
+    """Put x, or a copy that the kernels can walk, and its dimensions into the cache."""
+    cdef int channel_axis, i, ndim = cnp.PyArray_NDIM(x)
     if type(axis) is not int:
         try:
             axis = index(axis)
         except TypeError:
             raise TypeError(f"axis: expected an integer, got {type(axis).__name__}") from None
-    cdef object dims = plan(shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
-    if dims is None or not is_ready(x):
-        x = np.array(x, dtype=x.dtype.newbyteorder("="), order="K", copy=True)
-        dims = plan(shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
-    return x, dims
+    if is_ready(x) and cnp.PyArray_IS_C_CONTIGUOUS(x) and -ndim <= axis < ndim:
+        channel_axis = axis
+        channel_axis += ndim if channel_axis < 0 else 0
+        cache.outer = cache.inner = 1
+        for i in range(channel_axis):
+            cache.outer *= cnp.PyArray_DIM(x, i)
+        for i in range(channel_axis + 1, ndim):
+            cache.inner *= cnp.PyArray_DIM(x, i)
+        cache.channels = cnp.PyArray_DIM(x, channel_axis)
+        if cache.channels == 1:
+            cache.outer, cache.inner = 1, cache.outer * cache.inner
+    else:
+        dims = plan((<object>x).shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
+        if dims is None or not is_ready(x):
+            x = np.array(x, dtype=x.dtype.newbyteorder("="), order="K", copy=True)
+            dims = plan((<object>x).shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
+        cache.outer, cache.channels, cache.inner = dims
+    cache.x = x
+    cache.type = <Type>type_of(x)
+    return True
 
 
 cdef bint same_memory_order(cnp.ndarray a, cnp.ndarray b):
@@ -90,26 +183,38 @@ cdef bint same_memory_order(cnp.ndarray a, cnp.ndarray b):
     return True
 
 
-cdef cnp.ndarray float64s(Py_ssize_t count):
-    """Return an uninitialised array, sooner than np.empty does."""
+cdef cnp.ndarray float64s(Py_ssize_t count, double* values):
+    """Wrap values (that must outlive the array) in an ndarray."""
     cdef cnp.npy_intp size = count
-    return cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0)
+    return cnp.PyArray_SimpleNewFromData(1, &size, cnp.NPY_FLOAT64, values)
 
 
-cdef tuple parameter(object value, str name, Py_ssize_t channels, object dtype):
-    """Return a float64 copy of shape (C,), and the shape and dtype that its gradient has."""
-    if value is None:
-        return None, ((channels,), dtype)
-    cdef cnp.ndarray array = as_floats(value, name), copy
+cdef cnp.ndarray take_values(
+    object value, str name, Py_ssize_t channels, double* values, Type x_type
+):
+    """Copy a value per channel into values; return what its gradient looks like (see Cache)."""
+    cdef cnp.ndarray array
+    cdef Py_ssize_t c
+    if type(value) is np.ndarray:
+        array = value
+        if cnp.PyArray_ISCARRAY_RO(array) and cnp.PyArray_SIZE(array) == channels:
+            if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
+                for c in range(channels):
+                    values[c] = (<float*>cnp.PyArray_DATA(array))[c]
+                return array
+            if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
+                for c in range(channels):
+                    values[c] = (<double*>cnp.PyArray_DATA(array))[c]
+                return array
+    array = as_floats(value, name)
     if cnp.PyArray_SIZE(array) != channels:
         raise ValueError(
             f"{name}: expected {channels} value(s), one per channel, got shape {np.shape(array)}"
         )
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        dtype = array.dtype if cnp.PyArray_ISNOTSWAPPED(array) else array.dtype.newbyteorder("=")
-    copy = float64s(channels)
-    cnp.PyArray_CopyAnyInto(copy, array)
-    return copy, ((<object>array).shape, dtype)
+    cnp.PyArray_CopyAnyInto(float64s(channels, values), array)
+    if isinstance(value, np.ndarray) and type_of(value) != OTHER:
+        return np.empty(np.shape(array), array.dtype.newbyteorder("="))
+    return np.empty(np.shape(array), np.float64 if x_type == FLOAT64 else np.float32)
 
 
 cdef double checked_eps(object eps) except -1:
@@ -125,7 +230,7 @@ cdef double checked_eps(object eps) except -1:
     return value
 
 
-cdef check_out(object out, cnp.ndarray like, str name):
+cdef bint check_out(object out, cnp.ndarray like, str name) except -1:
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out: expected an ndarray or None, got {type(out).__name__}")
     if (
@@ -136,8 +241,23 @@ cdef check_out(object out, cnp.ndarray like, str name):
             f"out: expected shape {np.shape(like)} and dtype {like.dtype}, as {name} has, "
             f"got shape {out.shape} and dtype {out.dtype}"
         )
-    if not out.flags.writeable:
+    if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out: expected a writeable array, got a read-only one")
+    return True
+
+
+# ------------------------------------------------------------------------------------ allocating
+
+
+cdef cnp.ndarray fresh_like(cnp.ndarray memory):
+    """Return an uninitialised array, laid out in memory as another."""
+    if cnp.PyArray_NBYTES(memory) > RECYCLED:
+        return _blocks.empty_like(memory)
+    if cnp.PyArray_IS_C_CONTIGUOUS(memory):
+        return cnp.PyArray_EMPTY(
+            cnp.PyArray_NDIM(memory), cnp.PyArray_DIMS(memory), cnp.PyArray_TYPE(memory), 0
+        )
+    return np.empty_like(memory, subok=False)
 
 
 cdef bint is_safe_target(cnp.ndarray out, cnp.ndarray source):
@@ -146,8 +266,8 @@ cdef bint is_safe_target(cnp.ndarray out, cnp.ndarray source):
     They can where the two are the same elements, or share none.
     """
     return (
-        not np.may_share_memory(out, source)
-        or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(source) and same_memory_order(out, source)
+        cnp.PyArray_DATA(out) == cnp.PyArray_DATA(source) and same_memory_order(out, source)
+        or not np.may_share_memory(out, source)
     )
 
 
@@ -161,14 +281,7 @@ cdef cnp.ndarray target(object out, cnp.ndarray memory, cnp.ndarray other):
         and (other is None or is_safe_target(out, other))
     ):
         return out
-    return np.empty_like(memory, subok=False)
-
-
-cdef cnp.ndarray gradient(cnp.ndarray values, tuple like):
-    """Return the gradient of a parameter in the parameter's (shape, dtype)."""
-    cdef cnp.ndarray array = np.empty(*like)
-    cnp.PyArray_CopyAnyInto(array, values)
-    return array
+    return fresh_like(memory)
 
 
 cdef object deliver(cnp.ndarray result, object out):
@@ -176,6 +289,102 @@ cdef object deliver(cnp.ndarray result, object out):
         return result
     np.copyto(out, result)
     return out
+
+
+cdef cnp.ndarray gradient(double* values, cnp.ndarray like, Cache cache):
+    """Return the gradient of a parameter in the parameter's shape and dtype."""
+    cdef cnp.npy_intp size = cache.channels
+    cdef cnp.ndarray array
+    cdef Py_ssize_t c
+    if like is None:
+        array = cnp.PyArray_EMPTY(
+            1, &size, cnp.NPY_FLOAT64 if cache.type == FLOAT64 else cnp.NPY_FLOAT32, 0
+        )
+    else:
+        array = cnp.PyArray_EMPTY(
+            cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), cnp.PyArray_TYPE(like), 0
+        )
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
+        for c in range(size):
+            (<float*>cnp.PyArray_DATA(array))[c] = <float>values[c]
+    else:
+        cnp.PyArray_CopyAnyInto(array, float64s(size, values))
+    return array
+
+
+# ----------------------------------------------------------------------------------------- calls
+
+
+cdef bint call_kernel(Cache cache, Job* job, cnp.ndarray result) except -1:
+    """Fill in what every operation needs, and run it."""
+    cdef int failed
+    job.type = cache.type
+    job.outer, job.channels, job.inner = cache.outer, cache.channels, cache.inner
+    job.x = cnp.PyArray_DATA(cache.x)
+    job.out = cnp.PyArray_DATA(result)
+    job.gamma = cache.row(GAMMA) if cache.scaled else NULL
+    job.eps = cache.eps
+    job.mean, job.mean_low, job.var = cache.row(MEAN), cache.row(MEAN_LOW), cache.row(VAR)
+    if cnp.PyArray_SIZE(result) < SMALL:
+        failed = run(job)
+    else:
+        with nogil:
+            failed = run(job)
+    if failed:
+        raise MemoryError(f"fastbn: no memory for the sums of {cache.channels} channels")
+    return True
+
+
+cdef tuple normalize(
+    object x, object mean, object var, object gamma, object beta, object axis, object eps,
+    object out, bint fixed,
+):
+    """Do what batch_norm does, or with given mean and var (fixed) what batch_norm_inference does."""
+    cdef cnp.ndarray given = as_floats(x, "x"), result
+    cdef Cache cache = Cache.__new__(Cache)
+    cdef cnp.npy_intp shape[2]
+    cdef Py_ssize_t c
+    cdef double* shift
+    cdef Job job
+    cache.eps = checked_eps(eps)
+    take_x(cache, given, axis)
+    if not fixed and cache.outer * cache.inner == 0:
+        raise ValueError(
+            f"x: expected at least one value per channel, got shape {np.shape(given)}, axis {axis}"
+        )
+    shape[0], shape[1] = ROWS + 1, cache.channels  # beta needs a row only here
+    cache.statistics = cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+    if fixed:
+        for name, value, which in (("mean", mean, MEAN), ("var", var, VAR)):
+            if value is None:
+                raise TypeError(
+                    f"{name}: expected {cache.channels} value(s), one per channel, got None"
+                )
+            take_values(value, name, cache.channels, cache.row(which), cache.type)
+        for c in range(cache.channels):
+            cache.row(MEAN_LOW)[c] = 0
+            if cache.row(VAR)[c] < 0:
+                raise ValueError(f"var: expected values >= 0, got {cache.var.min()}")
+    cache.fixed = fixed
+    cache.scaled = gamma is not None
+    if cache.scaled:
+        cache.gamma_like = take_values(
+            gamma, "gamma", cache.channels, cache.row(GAMMA), cache.type
+        )
+    shift = cache.row(ROWS)
+    if beta is not None:
+        cache.beta_like = take_values(beta, "beta", cache.channels, shift, cache.type)
+    if out is not None:
+        check_out(out, given, "x")
+    result = target(out, cache.x, None)
+    if cnp.PyArray_SIZE(result):
+        job.operation = INFERENCE if fixed else FORWARD
+        job.dy = NULL
+        job.beta = shift if beta is not None else NULL
+        call_kernel(cache, &job, result)
+    if out is not None and np.may_share_memory(out, cache.x):
+        cache.x = None
+    return deliver(result, out), cache
 
 
 def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
@@ -188,9 +397,9 @@ def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
 
     Parameters
     ----------
-    x : array_like of float32 or float64, 1 or more dimensions
+    x : array_like of float16, bfloat16, float32 or float64, 1 or more dimensions
         The minibatch: any strides, memory order and byte order. Integers and lists are converted
-        to float64.
+        to float64. The 16-bit types are for storage only: all arithmetic is float32 and float64.
     gamma, beta : array_like of C values, optional
         Scale and shift of each channel, in any shape of that size. None stands for ones and zeros.
     axis : int
@@ -236,64 +445,12 @@ def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
     >>> cache.mean, cache.var
     (array([ 2., 20.]), array([  1., 100.]))
     """
-    cdef cnp.ndarray given = as_floats(x, "x"), memory, result
-    cdef Cache cache = Cache.__new__(Cache)
-    cdef Py_ssize_t channels
-    cache.eps = checked_eps(eps)
-    memory, cache.dims = memory_of(given, axis)
-    channels = cache.dims[1]
-    if cache.dims[0] * cache.dims[2] == 0:
-        raise ValueError(
-            f"x: expected at least one value per channel, got shape {np.shape(given)}, axis {axis}"
-        )
-    cache.gamma, cache.gamma_like = parameter(gamma, "gamma", channels, memory.dtype)
-    shift, cache.beta_like = parameter(beta, "beta", channels, memory.dtype)
-    if out is not None:
-        check_out(out, given, "x")
-    result = target(out, memory, None)
-    cache.mean = float64s(channels)
-    cache.mean_low = float64s(channels)
-    cache.var = float64s(channels)
-    cache.x = memory
-    if channels:
-        kernels.forward(
-            memory, result, *cache.dims, cache.gamma, shift, cache.eps,
-            cache.mean, cache.mean_low, cache.var,
-        )
-    if out is not None and np.may_share_memory(out, memory):
-        cache.x = None
-    return deliver(result, out), cache
+    return normalize(x, None, None, gamma, beta, axis, eps, out, False)
 
 
-def inference_with_cache(x, mean, var, gamma, beta, axis, eps, out):
+def inference_with_cache(x, mean, var, gamma, beta, axis, eps):
     """As `batch_norm_inference`; returns also the Cache for gradients at constant statistics."""
-    cdef cnp.ndarray given = as_floats(x, "x"), memory, result
-    cdef Cache cache = Cache.__new__(Cache)
-    cdef Py_ssize_t channels
-    cache.eps = checked_eps(eps)
-    memory, cache.dims = memory_of(given, axis)
-    channels = cache.dims[1]
-    for name, value in (("mean", mean), ("var", var)):
-        if value is None:
-            raise TypeError(f"{name}: expected {channels} value(s), one per channel, got None")
-    cache.mean = parameter(mean, "mean", channels, None)[0]
-    cache.var = parameter(var, "var", channels, None)[0]
-    if (cache.var < 0).any():
-        raise ValueError(f"var: expected values >= 0, got {cache.var.min()}")
-    cache.gamma, cache.gamma_like = parameter(gamma, "gamma", channels, memory.dtype)
-    shift, cache.beta_like = parameter(beta, "beta", channels, memory.dtype)
-    cache.fixed = True
-    if out is not None:
-        check_out(out, given, "x")
-    result = target(out, memory, None)
-    cache.x = memory
-    if cnp.PyArray_SIZE(memory):
-        kernels.inference(
-            memory, result, *cache.dims, cache.gamma, shift, cache.eps, cache.mean, cache.var
-        )
-    if out is not None and np.may_share_memory(out, memory):
-        cache.x = None
-    return deliver(result, out), cache
+    return normalize(x, mean, var, gamma, beta, axis, eps, None, True)
 
 
 def batch_norm_inference(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
@@ -303,7 +460,7 @@ def batch_norm_inference(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-
 
     Parameters
     ----------
-    x : array_like of float32 or float64, 1 or more dimensions
+    x : array_like of float16, bfloat16, float32 or float64, 1 or more dimensions
         As in `batch_norm`; may be empty.
     mean, var : array_like of C values
         The statistics of each channel, in any shape of that size; var is at least 0.
@@ -334,7 +491,7 @@ def batch_norm_inference(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-
     >>> fastbn.batch_norm_inference(np.array([[1.0, 10.0]]), [0, 5], [1, 25], eps=0)
     array([[1., 1.]])
     """
-    return inference_with_cache(x, mean, var, gamma, beta, axis, eps, out)[0]
+    return normalize(x, mean, var, gamma, beta, axis, eps, out, True)[0]
 
 
 def batch_norm_backward(dy, cache, *, out=None):
@@ -360,8 +517,8 @@ def batch_norm_backward(dy, cache, *, out=None):
     dx : ndarray
         Of x's shape and dtype, laid out in memory as x is.
     dgamma, dbeta : ndarray
-        In the shape and dtype that gamma and beta were given in; of shape (C,) and x's dtype where
-        they were None or not an array of float32 or float64.
+        In the shape and dtype that gamma and beta were given in. Where they were None, shape (C,);
+        where they were None or no array of floats, x's dtype, but float32 where that has 16 bits.
 
     Raises
     ------
@@ -384,8 +541,10 @@ def batch_norm_backward(dy, cache, *, out=None):
     array([3.])
     """
     cdef Cache c
-    cdef cnp.ndarray given, memory, result, dgamma, dbeta
-    if not isinstance(cache, Cache):
+    cdef cnp.ndarray given, memory, result
+    cdef double* sums
+    cdef Job job
+    if type(cache) is not Cache:
         raise TypeError(
             f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
         )
@@ -400,7 +559,7 @@ def batch_norm_backward(dy, cache, *, out=None):
         given = given.astype(c.x.dtype)
     if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(c.x):
         raise TypeError(f"dy: expected dtype {c.x.dtype}, as x has, got {given.dtype}")
-    if np.shape(given) != np.shape(c.x):
+    if not cnp.PyArray_SAMESHAPE(given, c.x):
         raise ValueError(f"dy: expected shape {np.shape(c.x)}, as x has, got {np.shape(given)}")
     if out is not None:
         check_out(out, c.x, "x")
@@ -409,12 +568,50 @@ def batch_norm_backward(dy, cache, *, out=None):
         memory = np.empty_like(c.x)
         np.copyto(memory, given)
     result = target(out, c.x, memory)
-    dgamma, dbeta = np.zeros(c.dims[1]), np.zeros(c.dims[1])
-    if cnp.PyArray_SIZE(memory):
-        kernels.backward(
-            c.x, memory, result, *c.dims, c.gamma, c.eps, c.mean, c.mean_low, c.var, c.fixed,
-            dgamma, dbeta,
-        )
+    sums = <double*>malloc((2 * c.channels + 1) * sizeof(double))
+    if sums == NULL:
+        raise MemoryError(f"fastbn: no memory for the gradients of {c.channels} channels")
+    try:
+        job.operation = BACKWARD_FIXED if c.fixed else BACKWARD
+        job.dy = cnp.PyArray_DATA(memory)
+        job.beta = NULL
+        job.dgamma, job.dbeta = sums, sums + c.channels
+        if cnp.PyArray_SIZE(memory):
+            call_kernel(c, &job, result)
+        else:
+            for i in range(2 * c.channels):
+                sums[i] = 0
+        dgamma = gradient(job.dgamma, c.gamma_like, c)
+        dbeta = gradient(job.dbeta, c.beta_like, c)
+    finally:
+        free(sums)
     if out is not None and np.may_share_memory(out, c.x):
         c.x = None
-    return deliver(result, out), gradient(dgamma, c.gamma_like), gradient(dbeta, c.beta_like)
+    return deliver(result, out), dgamma, dbeta
+
+
+cdef double* running(cnp.ndarray array, Py_ssize_t channels) except NULL:
+    if not (
+        cnp.PyArray_ISCARRAY(array)
+        and cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64
+        and cnp.PyArray_SIZE(array) == channels
+    ):
+        raise ValueError(
+            f"running statistics: expected contiguous float64, {channels} value(s), "
+            f"got {array.dtype}, shape {np.shape(array)}"
+        )
+    return <double*>cnp.PyArray_DATA(array)
+
+
+def update_running(
+    Cache cache not None, cnp.ndarray mean not None, cnp.ndarray var not None, double weight
+):
+    """Move running statistics, in place, towards those of a minibatch, var unbiased."""
+    cdef Py_ssize_t c
+    cdef double count = <double>cache.outer * cache.inner
+    cdef double* running_mean = running(mean, cache.channels)
+    cdef double* running_var = running(var, cache.channels)
+    cdef double unbiased = count / (count - 1)
+    for c in range(cache.channels):
+        running_mean[c] = (1 - weight) * running_mean[c] + weight * cache.row(MEAN)[c]
+        running_var[c] = (1 - weight) * running_var[c] + weight * (cache.row(VAR)[c] * unbiased)

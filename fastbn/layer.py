@@ -166,7 +166,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : array_like of float32 or float64
+        x : array_like of float16, bfloat16, float32 or float64
             With `num_features` channels on `axis`. It must not change before `backward`.
 
         Returns
@@ -177,14 +177,15 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            If x is neither float32 nor float64.
+            If x is of another type.
         ValueError
             If x has another number of channels, or in training one value per channel or none.
         """
-        try:
-            x = np.asanyarray(x)
-        except ValueError as error:
-            raise ValueError(f"x: expected an array_like of numbers, got {error}") from None
+        if not isinstance(x, np.ndarray):
+            try:
+                x = np.asarray(x)
+            except ValueError as error:
+                raise ValueError(f"x: expected an array_like of numbers, got {error}") from None
         if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
             raise ValueError(
                 f"x: expected {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
@@ -192,28 +193,25 @@ class BatchNorm:
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         if not self.training and self.running_mean is not None and self.running_var is not None:
             y, self._cache = functional.inference_with_cache(
-                x, self.running_mean, self.running_var, gamma, beta, self.axis, self.eps, None
+                x, self.running_mean, self.running_var, gamma, beta, self.axis, self.eps
             )
             return y
-        count = x.size // self.num_features
-        if count < 2:
+        if x.size < 2 * self.num_features:
             raise ValueError(
                 "x: expected more than one value per channel to take statistics of, "
                 f"got shape {x.shape}"
             )
         y, self._cache = functional.batch_norm(x, gamma, beta, axis=self.axis, eps=self.eps)
         if self.training:
-            self._track(self._cache, count)
+            self._track(self._cache)
         return y
 
-    def _track(self, cache: functional.Cache, count: int) -> None:
+    def _track(self, cache: functional.Cache) -> None:
         if self.running_mean is None or self.running_var is None:
             return
         self.num_batches_tracked += 1
         weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        unbiased = cache.var * (count / (count - 1))
-        self.running_mean[...] = (1 - weight) * self.running_mean + weight * cache.mean
-        self.running_var[...] = (1 - weight) * self.running_var + weight * unbiased
+        functional.update_running(cache, self.running_mean, self.running_var, weight)
 
     def backward(self, dy: ArrayLike) -> Array:
         """Take the gradient of the loss back through the last `forward`.

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from support import KERNELS
 
-from fastbn import functional
+from fastbn import _dispatch, functional
 
 
 @pytest.fixture
@@ -11,9 +11,10 @@ def rng():
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
-def variant(request, monkeypatch):
+def variant(request):
     """Run the test with each kernel variant that this machine can run."""
     if request.param not in KERNELS:
         pytest.skip(f"{request.param} is not built or does not run on this machine")
-    monkeypatch.setattr(functional, "kernels", KERNELS[request.param])
-    return request.param
+    functional.use_kernels(KERNELS[request.param])
+    yield request.param
+    functional.use_kernels(_dispatch.kernels)

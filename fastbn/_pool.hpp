@@ -1,0 +1,141 @@
+// The worker threads.
+//
+// One job at a time, cut into units. The units are handed out from one counter to whoever asks: the
+// caller asks like a worker does, so it never waits for one that has not begun, and a worker that
+// wakes late finds nothing to do and does no harm. Who computes a unit changes no bit of the result.
+//
+// A caller that finds the pool busy (with another thread's job, or with its own) does all units
+// itself. Workers that find nothing yield for a moment, so that a loop of calls need not wake them
+// each time, then sleep. They block all signals, so Ctrl-C reaches Python's main thread. After a
+// fork the child begins with a new pool, for the old one's threads do not exist there.
+
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#include <signal.h>
+#endif
+
+namespace fastbn {
+
+using Task = void (*)(void* job, std::ptrdiff_t unit);
+
+class Pool {
+  public:
+    // Call task(job, unit) for each unit from 0, on at most `threads` threads, this one included.
+    void run(Task task, void* job, std::ptrdiff_t units, int threads) {
+        if (threads < 2 || units < 2 || units > UINT32_MAX || busy_.exchange(true)) {
+            for (std::ptrdiff_t unit = 0; unit < units; unit++) task(job, unit);
+            return;
+        }
+        while (workers_ < threads - 1 && start_worker()) {}
+        task_ = task;
+        job_ = job;
+        units_ = (std::uint32_t)units;
+        done_.store(0, std::memory_order_relaxed);
+        helpers_.store(threads - 1, std::memory_order_relaxed);
+        // The generation tells this job's units from those of a job that a late worker remembers.
+        ticket_.store(++generation_ << 32 | units_);
+        if (sleepers_.load() > 0) {
+            { std::lock_guard<std::mutex> lock(mutex_); }
+            wake_.notify_all();
+        }
+        take_units();
+        while (done_.load(std::memory_order_acquire) < units_) std::this_thread::yield();
+        busy_.store(false, std::memory_order_release);
+    }
+
+  private:
+    // How long an idle worker yields before it sleeps; see docs/decisions.
+    static constexpr std::chrono::microseconds PATIENCE{100};
+
+    bool take_units() {
+        bool took = false;
+        std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        while (std::uint32_t left = (std::uint32_t)ticket) {
+            if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
+                                               std::memory_order_acquire))
+                continue;
+            // The job cannot be replaced before this unit is done.
+            task_(job_, units_ - left);
+            done_.fetch_add(1, std::memory_order_release);
+            took = true;
+            ticket = ticket_.load(std::memory_order_acquire);
+        }
+        return took;
+    }
+
+    bool wanted(int id) const { return id < helpers_.load() && (std::uint32_t)ticket_.load() > 0; }
+
+    void work(int id) {
+        using clock = std::chrono::steady_clock;
+        for (clock::time_point idle = clock::now();;) {
+            if (wanted(id) && take_units()) {
+                idle = clock::now();
+            } else if (clock::now() - idle < PATIENCE) {
+                std::this_thread::yield();
+            } else {
+                std::unique_lock<std::mutex> lock(mutex_);
+                sleepers_.fetch_add(1);  // before the last look at the ticket: see run()
+                wake_.wait(lock, [&] { return wanted(id); });
+                sleepers_.fetch_sub(1);
+            }
+        }
+    }
+
+    bool start_worker() {
+#if !defined(_WIN32)
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+#endif
+        bool started = true;
+        try {
+            std::thread(&Pool::work, this, workers_).detach();
+            workers_++;
+        } catch (const std::system_error&) {
+            started = false;  // no more threads to be had: go on with those there are
+        }
+#if !defined(_WIN32)
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+        return started;
+    }
+
+    std::atomic<bool> busy_{false};  // whoever sets it owns what follows
+    int workers_ = 0;
+    std::uint64_t generation_ = 0;
+
+    std::atomic<std::uint64_t> ticket_{0};  // generation, units left
+    std::atomic<std::uint32_t> done_{0};
+    std::atomic<int> helpers_{0};  // workers from this one on keep out
+    Task task_ = nullptr;
+    void* job_ = nullptr;
+    std::uint32_t units_ = 0;
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<int> sleepers_{0};
+};
+
+// Never destroyed: idle workers outlive the interpreter.
+inline Pool*& the_pool() {
+    static Pool* pool = [] {
+#if !defined(_WIN32)
+        pthread_atfork(nullptr, nullptr, [] { the_pool() = new Pool; });
+#endif
+        return new Pool;
+    }();
+    return pool;
+}
+
+}  // namespace fastbn

@@ -1,0 +1,139 @@
+"""How many threads a call may use, and the pool of them (see `_pool.hpp`)."""
+
+import os
+import re
+from math import ceil
+from operator import index
+from pathlib import Path
+
+cdef extern from "_pool.hpp" namespace "fastbn" nogil:
+    cdef cppclass Pool:
+        void run(Task task, void* job, Py_ssize_t units, int threads)
+    Pool*& the_pool()
+
+cdef extern from *:
+    """
+    #if defined(_WIN32)
+      #define FASTBN_EXPORT extern "C" __declspec(dllexport)
+    #else
+      #define FASTBN_EXPORT extern "C" __attribute__((visibility("default")))
+    #endif
+    #include <atomic>
+    static std::atomic<int> fastbn_threads{1};
+    // For threadpoolctl, which finds the library by these names.
+    FASTBN_EXPORT int fastbn_get_num_threads() { return fastbn_threads.load(); }
+    FASTBN_EXPORT void fastbn_set_num_threads(int n) { fastbn_threads.store(n < 1 ? 1 : n); }
+    """
+    int fastbn_get_num_threads() noexcept nogil
+    void fastbn_set_num_threads(int n) noexcept nogil
+
+# Below this many bytes of arguments and results a second thread does not pay: docs/decisions.
+cdef double ENOUGH = 300e3
+
+
+cdef int threads_for(double bytes) noexcept nogil:
+    return fastbn_get_num_threads() if bytes > ENOUGH else 1
+
+
+cdef void run_units(Task task, void* job, Py_ssize_t units, int threads) noexcept nogil:
+    the_pool().run(task, job, units, threads)
+
+
+def set_num_threads(n):
+    """Set how many threads one call may use at most.
+
+    Results do not depend on it, not in a single bit. At first it is what FASTBN_NUM_THREADS says,
+    or OMP_NUM_THREADS, or as many CPUs as this process may run on (its affinity, and the quota of
+    its control group). `threadpoolctl.threadpool_limits` sets it too.
+
+    Parameters
+    ----------
+    n : int
+        At least 1; 1 keeps all work on the calling thread. Small arrays stay there anyway.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If n is not an integer from 1 to 1024.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.set_num_threads(2)
+    >>> fastbn.get_num_threads()
+    2
+    """
+    try:
+        n = index(n)
+    except TypeError:
+        raise TypeError(f"n: expected an integer, got {type(n).__name__}") from None
+    if not 1 <= n <= MOST:
+        raise ValueError(f"n: expected an integer from 1 to {MOST}, got {n}")
+    fastbn_set_num_threads(n)
+
+
+def get_num_threads():
+    """Return how many threads one call may use at most; see `set_num_threads`."""
+    return fastbn_get_num_threads()
+
+
+def cpus_of_control_group(root="/sys/fs/cgroup", membership="/proc/self/cgroup"):
+    """Return how many CPUs the control groups of this process grant it, or None: no limit."""
+    quotas = []
+    try:
+        lines = Path(membership).read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2: "max 100000" or "150000 100000"
+            base, read = Path(root), read_cpu_max
+        elif "cpu" in controllers.split(","):
+            base, read = Path(root, "cpu"), read_cfs_quota
+        else:
+            continue
+        here = base / path.lstrip("/")
+        # Limits of the groups around it hold as well. In a container the path may be the host's.
+        for group in (here, *here.parents):
+            if group.is_relative_to(base):
+                quotas.append(read(group))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def read_cpu_max(group):
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def read_cfs_quota(group):
+    try:
+        quota = int((group / "cpu.cfs_quota_us").read_text())
+        return None if quota < 0 else quota / int((group / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def default_num_threads():
+    """Return what FASTBN_NUM_THREADS or OMP_NUM_THREADS says, or how many CPUs there are."""
+    wanted = os.environ.get("FASTBN_NUM_THREADS")
+    if wanted is not None:
+        if not re.fullmatch(r"\s*\d{1,4}\s*", wanted) or not 1 <= int(wanted) <= MOST:
+            raise ImportError(
+                f"FASTBN_NUM_THREADS: expected an integer from 1 to {MOST}, got {wanted!r}"
+            )
+        return int(wanted)
+    # OpenMP has a list there, one number a level of nesting. What else it is, OpenMP will say.
+    openmp = re.match(r"\s*(\d{1,4})\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""))
+    if openmp and 1 <= int(openmp[1]) <= MOST:
+        return int(openmp[1])
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    granted = cpus_of_control_group()
+    return max(1, min(cpus, MOST if granted is None else ceil(granted), MOST))
+
+
+MOST = 1024
+fastbn_set_num_threads(default_num_threads())
