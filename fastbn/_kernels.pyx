@@ -74,6 +74,7 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
     double sum_lanes(Pack[double] a)
     Pack[double] add_exact_product(Pack[double] sum, Pack[double] a, Pack[double] b)
     Pack[double] where_less(Pack[double] a, Pack[double] b, Pack[double] yes, Pack[double] no)
+    P combine[P](P a, P b, int n)
     int lanes_to_line[T](const T* p)
     void store_past_cache[T](T* p, Pack[T] a)
     void fence()
@@ -102,7 +103,6 @@ cdef enum:
     SHORT = 256              # values that a run must have to be summed by itself
     COLUMNS = 2048           # contiguous values of short runs that are summed side by side
     MAX_LONG = 64            # long runs that are
-    ALIGN = 256              # values in a run from which on stores keep to the lines of the cache
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
     PANEL = 4096             # values of a row that are taken at once, at least
     UNITS = 8                # pieces of work per thread, where one can choose
@@ -113,8 +113,8 @@ cdef double CANCELLED = 1.0 / 16
 
 # The part of the last-level cache that a result may fill before it is written past it.
 import os as _os
-cdef double TB = float(_os.environ.get('TB','65536'))
-cdef double TT = float(_os.environ.get('TT','2e6'))
+cdef double TB = float(_os.environ.get('TB','131072'))
+cdef double TT = float(_os.environ.get('TT','4e6'))
 cdef int PW = int(_os.environ.get('PW','1'))
 cdef double PAST_CACHE = float(_os.environ.get('PC','0.3'))
 
@@ -535,96 +535,88 @@ cdef void finish_runs(const real* x, Work* w, Py_ssize_t begin, Py_ssize_t end) 
         gradient_coefficients(x, w, begin, end)
 
 
-cdef inline void put(real* out, Pack[real] a, bint past_cache) noexcept nogil:
-    if past_cache:
-        store_past_cache(out, a)
-    else:
-        store(out, a, LANES)
-
-
-cdef inline void write_run(
-    const real* x, const real* dy, real* out,         # IN; IN, NULL: normalise; OUT
-    Work* w, Py_ssize_t c, Py_ssize_t length,
-    real* line, bint top, bint bottom,                # see write_pieces
-) noexcept nogil:
-    cdef Py_ssize_t row = w.job.channels, head = 0, i, j
-    cdef int tail
-    cdef bint past_cache = w.past_cache
-    cdef Pack[real] center = fill_value(x, w.table, CENTER * row + c)
-    cdef Pack[real] scale = fill_value(x, w.table, SCALE * row + c)
-    cdef Pack[real] shift = fill_value(x, w.table, SHIFT * row + c)
-    cdef Pack[real] slope, level, a
-    if past_cache or length >= ALIGN:
-        head = min(length, <Py_ssize_t>lanes_to_line(out))
-    tail = (length - head) % LANES
-    i = length - tail
-    if dy != NULL:
-        slope = fill_value(x, w.table, SLOPE * row + c)
-        level = fill_value(x, w.table, LEVEL * row + c)
-    if tail:
-        if dy == NULL:
-            a = normalized(x + i, tail, center, scale, shift)
-        else:
-            a = gradient(x + i, dy + i, tail, center, scale, shift, slope, level)
-        if past_cache and not top:
-            store(line, a, tail)
-            store_past_cache(out + i, load(<const real*>line, LANES))
-        else:
-            store(out + i, a, tail)
-    if dy == NULL:
-        for j in range((i - head) // LANES):
-            i -= LANES
-            put(out + i, normalized(x + i, LANES, center, scale, shift), past_cache)
-    else:
-        for j in range((i - head) // LANES):
-            i -= LANES
-            put(
-                out + i, gradient(x + i, dy + i, LANES, center, scale, shift, slope, level),
-                past_cache,
-            )
-    if head:
-        if dy == NULL:
-            a = normalized(x, <int>head, center, scale, shift)
-        else:
-            a = gradient(x, dy, <int>head, center, scale, shift, slope, level)
-        if past_cache and not bottom:
-            store(line + LANES - head, a, <int>head)
-        else:
-            store(out, a, <int>head)
-
-
-cdef void write_pieces(
+cdef inline void write_line_of_runs(
     const real* x, const real* dy, real* out,         # IN, IN (NULL: normalise), OUT
-    Work* w, Py_ssize_t first, Py_ssize_t end,
+    Work* w, Py_ssize_t begin, Py_ssize_t end,        # contiguous positions in the array
+    bint past_cache,
 ) noexcept nogil:
-    """Write some pieces of runs, counted in the order of memory.
+    """Write packs that lie in one line of memory, from the end; a pack may have two channels."""
+    cdef Py_ssize_t row = w.job.channels, inner = w.job.inner
+    cdef Py_ssize_t start = (end - 1) // inner * inner  # of the last run, which is of channel
+    cdef Py_ssize_t c = start // inner % row
+    cdef Py_ssize_t bottom = min(end, begin + lanes_to_line(out + begin)), p = end, n
+    cdef int lanes = (end - bottom) % LANES
+    cdef Pack[real] center, scale, shift, slope, level, center0, scale0, shift0, slope0, level0, a
+    center = center0 = fill_value(x, w.table, CENTER * row + c)
+    scale = scale0 = fill_value(x, w.table, SCALE * row + c)
+    shift = shift0 = fill_value(x, w.table, SHIFT * row + c)
+    slope = slope0 = fill_value(x, w.table, SLOPE * row + c)
+    level = level0 = fill_value(x, w.table, LEVEL * row + c)
+    while p > begin:
+        if lanes == 0 and p > bottom:  # whole packs of one channel
+            for n in range(min(p - start, p - bottom) // LANES):
+                p -= LANES
+                if dy == NULL:
+                    a = normalized(x + p, LANES, center, scale, shift)
+                else:
+                    a = gradient(x + p, dy + p, LANES, center, scale, shift, slope, level)
+                if past_cache:
+                    store_past_cache(out + p, a)
+                else:
+                    store(out + p, a, LANES)
+            if p == begin:
+                return
+        if p == bottom:
+            lanes = <int>(bottom - begin)
+        elif lanes == 0:
+            lanes = LANES
+        p -= lanes
+        if p < start:  # the lower part of the pack is of the channel before
+            c = c - 1 if c else row - 1
+            n = start - p
+            start -= inner
+            center0 = fill_value(x, w.table, CENTER * row + c)
+            scale0 = fill_value(x, w.table, SCALE * row + c)
+            shift0 = fill_value(x, w.table, SHIFT * row + c)
+            center = combine(center0, center, <int>n)
+            scale = combine(scale0, scale, <int>n)
+            shift = combine(shift0, shift, <int>n)
+            if dy != NULL:
+                slope0 = fill_value(x, w.table, SLOPE * row + c)
+                level0 = fill_value(x, w.table, LEVEL * row + c)
+                slope, level = combine(slope0, slope, <int>n), combine(level0, level, <int>n)
+        if dy == NULL:
+            a = normalized(x + p, lanes, center, scale, shift)
+        else:
+            a = gradient(x + p, dy + p, lanes, center, scale, shift, slope, level)
+        if lanes == LANES and past_cache:
+            store_past_cache(out + p, a)
+        else:
+            store(out + p, a, lanes)
+        center, scale, shift, slope, level = center0, scale0, shift0, slope0, level0
+        lanes = 0
 
-    Of two neighbours that share a line of the cache, the upper leaves its part in `line` and the
-    lower writes both: past the cache go whole lines only. At top and bottom that cannot be.
-    """
-    cdef Job* job = w.job
-    cdef Py_ssize_t pieces = parts(job.inner, BLOCK)
-    cdef Py_ssize_t run = (end - 1) // pieces, piece = (end - 1) % pieces
-    cdef Py_ssize_t c = run % job.channels, i, t
-    cdef real line[LANES]
-    for t in range(end - 1, first - 1, -1):
-        i = run * job.inner + piece * BLOCK
-        write_run(
-            x + i, at(dy, i), out + i, w, c, min(job.inner - piece * BLOCK, <Py_ssize_t>BLOCK),
-            line, t == end - 1, t == first,
-        )
-        piece -= 1
-        if piece < 0:
-            piece, run = pieces - 1, run - 1
-            c = c - 1 if c else job.channels - 1
+
+cdef void write_runs(
+    const real* x, const real* dy, real* out,         # IN, IN (NULL: normalise), OUT
+    Work* w, Py_ssize_t begin, Py_ssize_t end,        # contiguous positions in the array
+) noexcept nogil:
+    if w.past_cache and dy == NULL:
+        write_line_of_runs(x, <const real*>NULL, out, w, begin, end, True)
+    elif w.past_cache:
+        write_line_of_runs(x, dy, out, w, begin, end, True)
+    elif dy == NULL:
+        write_line_of_runs(x, <const real*>NULL, out, w, begin, end, False)
+    else:
+        write_line_of_runs(x, dy, out, w, begin, end, False)
 
 
 cdef void unit_of_runs(
     const real* x, const real* dy, real* out, Work* w, Py_ssize_t unit
 ) noexcept nogil:
     cdef Job* job = w.job
-    cdef Py_ssize_t size = tile_channels(job), pieces = (job.inner + BLOCK - 1) // BLOCK
-    cdef Py_ssize_t tiles = (job.channels + size - 1) // size, tile, begin, end, row, first
+    cdef Py_ssize_t size = tile_channels(job), stride = job.channels * job.inner
+    cdef Py_ssize_t tile, begin, end, row, first
     # What is written: a normalisation of x, or of dy, or a gradient.
     cdef const real* source = dy if job.operation == BACKWARD_FIXED else x
     cdef const real* other = dy if job.operation == BACKWARD else NULL
@@ -637,27 +629,25 @@ cdef void unit_of_runs(
         )
     elif w.step == WRITE:
         first = unit * w.per_unit
-        end = min(first + w.per_unit, job.outer * job.channels * pieces)
-        write_pieces(source, other, out, w, first, end)
+        write_runs(source, other, out, w, first, min(first + w.per_unit, job.outer * stride))
     else:
-        for tile in range(unit * w.per_unit, min((unit + 1) * w.per_unit, tiles)):
+        for tile in range(unit * w.per_unit, min((unit + 1) * w.per_unit, parts(job.channels, size))):
             begin, end = tile * size, min((tile + 1) * size, job.channels)
             sum_tile(x, dy, w, begin, end, 0, w.blocks)
             finish_runs(x, w, begin, end)
             for row in range(job.outer - 1, -1, -1):
-                first = row * job.channels
-                if w.past_cache and PW and row:
-                    prefetch_to_write(out + (first - job.channels + begin) * job.inner)
-                    prefetch_to_write(out + (first - job.channels + end) * job.inner)
-                write_pieces(
-                    source, other, out, w, (first + begin) * pieces, (first + end) * pieces
+                first = row * stride
+                if w.past_cache and row:  # where a line begins and ends part of it stays outside
+                    prefetch_to_write(out + first - stride + begin * job.inner)
+                    prefetch_to_write(out + first - stride + end * job.inner)
+                write_runs(
+                    source, other, out, w, first + begin * job.inner, first + end * job.inner
                 )
 
 
 cdef void run_runs(const real* x, Work* w) noexcept nogil:
     cdef Job* job = w.job
     cdef Py_ssize_t tiles = parts(job.channels, tile_channels(job))
-    cdef Py_ssize_t pieces = job.outer * job.channels * parts(job.inner, BLOCK)
     if job.operation == INFERENCE:
         affine_coefficients(x, w, 0, job.channels)
     elif w.threads == 1 or tiles >= 4 * w.threads:
@@ -672,8 +662,13 @@ cdef void run_runs(const real* x, Work* w) noexcept nogil:
         run_units(do_unit, w, tiles * w.units, w.threads)
         finish_runs(x, w, 0, job.channels)
     w.step = WRITE
-    w.per_unit = parts(pieces, UNITS * w.threads)
-    run_units(do_unit, w, parts(pieces, w.per_unit), w.threads)
+    write_all(w, job.outer * job.channels * job.inner)
+
+
+cdef void write_all(Work* w, Py_ssize_t count) noexcept nogil:
+    """Cut what is to be written into units of whole lines of the cache, as far as those go."""
+    w.per_unit = parts(parts(count, UNITS * w.threads if w.threads > 1 else 1), 64) * 64
+    run_units(do_unit, w, parts(count, w.per_unit), w.threads)
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -860,13 +855,15 @@ cdef inline Pack[real] pack_of_row(
     )
 
 
-cdef inline void write_lanes(
-    const real* x, const real* dy, real* out,                   # IN, IN (NULL: normalise), OUT
-    Work* w, Py_ssize_t lane, Py_ssize_t length,                # lane: of the first value
+cdef inline void write_line_of_rows(
+    const real* x, const real* dy, real* out,           # IN, IN (NULL: normalise), OUT
+    Work* w, Py_ssize_t lane, Py_ssize_t length,        # lane: of the first value
+    bint past_cache,
 ) noexcept nogil:
-    """Write contiguous values, whose lanes begin again and again."""
+    """Write contiguous values, whose lanes begin again and again, from the end."""
     cdef Py_ssize_t head = min(length, <Py_ssize_t>lanes_to_line(out)), i, j, t
     cdef int tail = (length - head) % LANES
+    cdef Pack[real] a
     i = length - tail
     j = (lane + i) % w.width
     if tail:
@@ -877,11 +874,28 @@ cdef inline void write_lanes(
         while j < 0:
             j += w.width
         if dy == NULL:
-            put(out + i, pack_of_row(x + i, <const real*>NULL, w, j, LANES), w.past_cache)
+            a = pack_of_row(x + i, <const real*>NULL, w, j, LANES)
         else:
-            put(out + i, pack_of_row(x + i, dy + i, w, j, LANES), w.past_cache)
+            a = pack_of_row(x + i, dy + i, w, j, LANES)
+        if past_cache:
+            store_past_cache(out + i, a)
+        else:
+            store(out + i, a, LANES)
     if head:
         store(out, pack_of_row(x, dy, w, lane % w.width, <int>head), <int>head)
+
+
+cdef void write_rows(
+    const real* x, const real* dy, real* out, Work* w, Py_ssize_t lane, Py_ssize_t length
+) noexcept nogil:
+    if w.past_cache and dy == NULL:
+        write_line_of_rows(x, <const real*>NULL, out, w, lane, length, True)
+    elif w.past_cache:
+        write_line_of_rows(x, dy, out, w, lane, length, True)
+    elif dy == NULL:
+        write_line_of_rows(x, <const real*>NULL, out, w, lane, length, False)
+    else:
+        write_line_of_rows(x, dy, out, w, lane, length, False)
 
 
 cdef void unit_of_rows(
@@ -896,7 +910,7 @@ cdef void unit_of_rows(
         sum_rows(x, dy, w, unit)
     elif w.width == w.stride:  # a unit is some values
         end = min(first + w.per_unit, whole)
-        write_lanes(
+        write_rows(
             source + first, at(other, first), out + first,
             w, first % w.width, end - first,
         )
@@ -905,7 +919,7 @@ cdef void unit_of_rows(
         i = end * w.stride
         while i > first * w.stride:
             i -= w.stride
-            write_lanes(
+            write_rows(
                 source + i, at(other, i), out + i, w, 0, w.width
             )
 
@@ -931,9 +945,7 @@ cdef void run_rows(const real* x, Work* w) noexcept nogil:
         for row in range(TABLE if job.operation == BACKWARD else SHIFT + 1):
             spread(x, w, w.table, row, w.lanes, row * w.wrapped, w.wrapped)
         w.step = WRITE
-        whole = job.outer * job.channels * job.inner if w.width == w.stride else w.count
-        w.per_unit = parts(whole, UNITS * w.threads)
-        run_units(do_unit, w, parts(whole, w.per_unit), w.threads)
+        write_all(w, job.outer * job.channels * job.inner if w.width == w.stride else w.count)
 
 
 # ---------------------------------------------------------------------------------- entry points

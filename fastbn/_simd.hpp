@@ -138,7 +138,8 @@ ALWAYS_INLINE void put(double* p, D a) { _mm512_storeu_pd(p, a.v); }
 ALWAYS_INLINE void put(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first16(n), a.v); }
 ALWAYS_INLINE void put(double* p, D a, int n) { _mm512_mask_storeu_pd(p, first8(n), a.v); }
 
-ALWAYS_INLINE D first(D a, int n) { return {_mm512_maskz_mov_pd(first8(n), a.v)}; }
+ALWAYS_INLINE F join(F a, F b, int n) { return {_mm512_mask_blend_ps(first16(n), b.v, a.v)}; }
+ALWAYS_INLINE D join(D a, D b, int n) { return {_mm512_mask_blend_pd(first8(n), b.v, a.v)}; }
 ALWAYS_INLINE double sum(D a) {
     __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
     __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
@@ -221,8 +222,12 @@ ALWAYS_INLINE void put(double* p, D a, int n) {
     _mm256_maskstore_pd(p, _mm256_cvtepi32_epi64(first4(n)), a.v);
 }
 
-ALWAYS_INLINE D first(D a, int n) {
-    return {_mm256_and_pd(a.v, _mm256_castsi256_pd(_mm256_cvtepi32_epi64(first4(n))))};
+ALWAYS_INLINE F join(F a, F b, int n) {
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first8(n)))};
+}
+ALWAYS_INLINE D join(D a, D b, int n) {
+    __m256d mask = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(first4(n)));
+    return {_mm256_blendv_pd(b.v, a.v, mask)};
 }
 ALWAYS_INLINE double sum(D a) {
     __m128d two = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
@@ -282,9 +287,6 @@ ALWAYS_INLINE void put(double* p, D a, int n) {
     else if (n == 1) _mm_store_sd(p, a.v);
 }
 
-ALWAYS_INLINE D first(D a, int n) {
-    return {n == 0 ? _mm_setzero_pd() : n == 1 ? _mm_move_sd(_mm_setzero_pd(), a.v) : a.v};
-}
 ALWAYS_INLINE double sum(D a) { return _mm_cvtsd_f64(a.v) + _mm_cvtsd_f64(_mm_unpackhi_pd(a.v, a.v)); }
 
 #else
@@ -348,12 +350,6 @@ template <class V, class T> ALWAYS_INLINE void put(T* p, V a, int n) {
     put(buffer, a);
     for (int i = 0; i < n; i++) p[i] = buffer[i];
 }
-ALWAYS_INLINE D first(D a, int n) {
-    double buffer[D::lanes];
-    put(buffer, a, D::lanes);
-    get(a, (const double*)buffer, n);
-    return a;
-}
 
 #endif
 
@@ -374,6 +370,22 @@ template <class S> ALWAYS_INLINE Only16<S> put(S* p, F a, int n) {
     for (int i = 0; i < n; i++) narrow(p[i], buffer[i]);
 }
 template <class S> ALWAYS_INLINE Only16<S> put(S* p, F a) { put(p, a, F::lanes); }
+
+#if !defined(__AVX2__) && !defined(__AVX512F__)
+
+// The first n lanes of a, the others of b: by way of memory, where the machine has no masks.
+template <class V, class T> ALWAYS_INLINE V join_each(V a, V b, int n, T*) {
+    T first[V::lanes], both[V::lanes];
+    put(first, a);
+    put(both, b);
+    for (int i = 0; i < n; i++) both[i] = first[i];
+    get(a, (const T*)both);
+    return a;
+}
+ALWAYS_INLINE F join(F a, F b, int n) { return join_each(a, b, n, (float*)0); }
+ALWAYS_INLINE D join(D a, D b, int n) { return join_each(a, b, n, (double*)0); }
+
+#endif
 
 // Where the machine has no stores that pass the cache by.
 template <class T> ALWAYS_INLINE void put_past_cache(T* p, F a) { put(p, a); }
@@ -440,8 +452,8 @@ template <class H, class T> ALWAYS_INLINE void put_past_cache(T* p, Twice<H> a) 
     put_past_cache(p, a.lo);
     put_past_cache(p + H::lanes, a.hi);
 }
-template <class H> ALWAYS_INLINE Twice<H> first(Twice<H> a, int n) {
-    return {first(a.lo, lower(n, H::lanes)), first(a.hi, upper(n, H::lanes))};
+template <class H> ALWAYS_INLINE Twice<H> join(Twice<H> a, Twice<H> b, int n) {
+    return {join(a.lo, b.lo, lower(n, H::lanes)), join(a.hi, b.hi, upper(n, H::lanes))};
 }
 template <class H> ALWAYS_INLINE double sum(Twice<H> a) { return sum(a.lo + a.hi); }
 
@@ -461,7 +473,11 @@ template <class T> ALWAYS_INLINE Pack<double> load_wide(const T* p, int lanes) {
 template <class T> ALWAYS_INLINE void store(T* p, Pack<T> a, int lanes) {
     if (lanes == 16) put(p, a); else put(p, a, lanes);
 }
-ALWAYS_INLINE Pack<double> keep_first(Pack<double> a, int lanes) { return first(a, lanes); }
+// The first n lanes of a, the others of b.
+template <class P> ALWAYS_INLINE P combine(P a, P b, int n) { return join(a, b, n); }
+ALWAYS_INLINE Pack<double> keep_first(Pack<double> a, int lanes) {
+    return join(a, fill(0.0), lanes);
+}
 ALWAYS_INLINE double sum_lanes(Pack<double> a) { return sum(a); }
 
 // sum + a * b where the product is exact, as that of two floats is in double: then it makes no
