@@ -78,6 +78,9 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
     int lanes_to_line[T](const T* p)
     void store_past_cache[T](T* p, Pack[T] a)
     void fence()
+    double* align(double* p)  # up to a line of the cache
+    size_t element_size[T](const T* type)
+    void prefetch[T](const T* p)
     void prefetch_to_write[T](T* p)
     double put_value[T](const T* type, void* values, Py_ssize_t i, double value)
     Pack[T] fill_value[T](const T* type, const void* values, Py_ssize_t i)
@@ -102,9 +105,11 @@ cdef enum:
     TILE = 2048              # contiguous values that a tile of channels has at least
     SHORT = 256              # values that a run must have to be summed by itself
     COLUMNS = 2048           # contiguous values of short runs that are summed side by side
+    COLUMN_PACKS = 128       # = COLUMNS / LANES
     MAX_LONG = 64            # long runs that are
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
     PANEL = 4096             # values of a row that are taken at once, at least
+    AHEAD = 4096
     UNITS = 8                # pieces of work per thread, where one can choose
 
 # The part of itself down to which sum(x * x) may cancel: 4 of float64's 53 bits. That is where the
@@ -167,18 +172,13 @@ cdef inline void sum_packs(
     const real* x, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN, not float64
     Pack[double]* a, Pack[double]* b,                               # IN/OUT: of x, of x * x
 ) noexcept nogil:
-    cdef Pack[double] a0 = a[0], b0 = b[0], a1 = fill(0.0), b1 = fill(0.0), d
+    cdef Pack[double] sum_x = a[0], sum_xx = b[0], v
     cdef Py_ssize_t i
-    for i in range(count // 2):  # two sums in turn: one would wait for its own last addition
-        d = load_wide(x, lanes)
-        a0, b0 = a0 + d, add_exact_product(b0, d, d)
-        d = load_wide(x + stride, lanes)
-        a1, b1 = a1 + d, add_exact_product(b1, d, d)
-        x += 2 * stride
-    if count % 2:
-        d = load_wide(x, lanes)
-        a0, b0 = a0 + d, add_exact_product(b0, d, d)
-    a[0], b[0] = a0 + a1, b0 + b1
+    for i in range(count):
+        v = load_wide(x + i * stride, lanes)
+        sum_x = sum_x + v
+        sum_xx = add_exact_product(sum_xx, v, v)
+    a[0], b[0] = sum_x, sum_xx
 
 
 cdef inline void sum_shifted_packs(
@@ -186,37 +186,26 @@ cdef inline void sum_shifted_packs(
     Pack[double] k,
     Pack[double]* a, Pack[double]* b,                               # IN/OUT: of d, of d * d
 ) noexcept nogil:
-    cdef Pack[double] a0 = a[0], b0 = b[0], a1 = fill(0.0), b1 = fill(0.0), d
+    cdef Pack[double] sum_d = a[0], sum_dd = b[0], d
     cdef Py_ssize_t i
-    for i in range(count // 2):
-        d = load_wide(x, lanes) - k
-        a0, b0 = a0 + d, b0 + d * d
-        d = load_wide(x + stride, lanes) - k
-        a1, b1 = a1 + d, b1 + d * d
-        x += 2 * stride
-    if count % 2:
-        d = load_wide(x, lanes) - k
-        a0, b0 = a0 + d, b0 + d * d
-    a[0], b[0] = a0 + a1, b0 + b1
+    for i in range(count):
+        d = load_wide(x + i * stride, lanes) - k
+        sum_d = sum_d + d
+        sum_dd = sum_dd + d * d
+    a[0], b[0] = sum_d, sum_dd
 
 
 cdef inline void sum_gradient_packs(
     const real* x, const real* dy, Py_ssize_t count, Py_ssize_t stride, int lanes,  # IN
     Pack[double]* a, Pack[double]* b,                        # IN/OUT: of dy, of dy * x
 ) noexcept nogil:
-    cdef Pack[double] a0 = a[0], b0 = b[0], a1 = fill(0.0), b1 = fill(0.0), g
+    cdef Pack[double] sum_dy = a[0], sum_dyx = b[0], g
     cdef Py_ssize_t i
-    for i in range(count // 2):
-        g = load_wide(dy, lanes)
-        a0, b0 = a0 + g, add_exact_product(b0, g, load_wide(x, lanes))
-        g = load_wide(dy + stride, lanes)
-        a1, b1 = a1 + g, add_exact_product(b1, g, load_wide(x + stride, lanes))
-        x += 2 * stride
-        dy += 2 * stride
-    if count % 2:
-        g = load_wide(dy, lanes)
-        a0, b0 = a0 + g, add_exact_product(b0, g, load_wide(x, lanes))
-    a[0], b[0] = a0 + a1, b0 + b1
+    for i in range(count):
+        g = load_wide(dy + i * stride, lanes)
+        sum_dy = sum_dy + g
+        sum_dyx = add_exact_product(sum_dyx, g, load_wide(x + i * stride, lanes))
+    a[0], b[0] = sum_dy, sum_dyx
 
 
 cdef inline void sum_shifted_gradient_packs(
@@ -224,19 +213,13 @@ cdef inline void sum_shifted_gradient_packs(
     Pack[double] k,
     Pack[double]* a, Pack[double]* b,                        # IN/OUT: of dy, of dy * (x - k)
 ) noexcept nogil:
-    cdef Pack[double] a0 = a[0], b0 = b[0], a1 = fill(0.0), b1 = fill(0.0), g
+    cdef Pack[double] sum_dy = a[0], sum_dyd = b[0], g
     cdef Py_ssize_t i
-    for i in range(count // 2):
-        g = load_wide(dy, lanes)
-        a0, b0 = a0 + g, b0 + g * (load_wide(x, lanes) - k)
-        g = load_wide(dy + stride, lanes)
-        a1, b1 = a1 + g, b1 + g * (load_wide(x + stride, lanes) - k)
-        x += 2 * stride
-        dy += 2 * stride
-    if count % 2:
-        g = load_wide(dy, lanes)
-        a0, b0 = a0 + g, b0 + g * (load_wide(x, lanes) - k)
-    a[0], b[0] = a0 + a1, b0 + b1
+    for i in range(count):
+        g = load_wide(dy + i * stride, lanes)
+        sum_dy = sum_dy + g
+        sum_dyd = sum_dyd + g * (load_wide(x + i * stride, lanes) - k)
+    a[0], b[0] = sum_dy, sum_dyd
 
 
 cdef inline void add_packs(
@@ -431,31 +414,26 @@ cdef void sum_short_runs(
 ) noexcept nogil:
     """Sum whole rows of short runs position by position, then the positions of each channel."""
     cdef Job* job = w.job
-    cdef double a[COLUMNS + LANES]
-    cdef double b[COLUMNS + LANES]
+    cdef Pack[double] a[COLUMN_PACKS]
+    cdef Pack[double] b[COLUMN_PACKS]
     cdef Py_ssize_t row, c, i, j, width = (end - begin) * job.inner
     cdef Py_ssize_t stride = job.channels * job.inner
-    cdef Pack[double] sa, sb
     cdef int lanes
-    for j from 0 <= j < width by LANES:
-        store(a + j, fill(0.0), LANES)
-        store(b + j, fill(0.0), LANES)
+    for j in range(parts(width, LANES)):
+        a[j] = b[j] = fill(0.0)
     for row from block.first_row <= row < block.end_row by SUM_ROWS:
         for j from 0 <= j < width by LANES:
             i = row * stride + begin * job.inner + j
             lanes = min(width - j, <Py_ssize_t>LANES)
-            sa, sb = load(<const double*>a + j, LANES), load(<const double*>b + j, LANES)
             add_packs(
                 x + i, at(dy, i), min(block.end_row - row, <Py_ssize_t>SUM_ROWS), stride, lanes,
-                sa, False, &sa, &sb,
+                fill(0.0), False, &a[j // LANES], &b[j // LANES],
             )
-            store(a + j, sa, LANES)
-            store(b + j, sb, LANES)
     for c in range(begin, end):
         i = 2 * (c * w.blocks + index)
         j = (c - begin) * job.inner
-        w.sums[i] = sum_of(a + j, job.inner)
-        w.sums[i + 1] = sum_of(b + j, job.inner)
+        w.sums[i] = sum_of(<const double*>a + j, job.inner)
+        w.sums[i + 1] = sum_of(<const double*>b + j, job.inner)
 
 
 cdef inline double sum_of(const double* values, Py_ssize_t count) noexcept nogil:
@@ -705,6 +683,10 @@ cdef void spread(
         put_value(type, lanes, at + j, get_value(type, lanes, at + j - w.width))
 
 
+cdef inline double* lane_shifts(Work* w) noexcept nogil:
+    return w.k + parts(w.job.channels, 8) * 8
+
+
 cdef inline void add_rows(
     const real* x, const real* dy, Py_ssize_t stride, Py_ssize_t rows, int lanes,  # IN
     Pack[double] k, bint shifted,
@@ -747,8 +729,8 @@ cdef void sum_rows(
 ) noexcept nogil:
     cdef double* a = w.sums + 2 * index * w.padded
     cdef double* b = a + w.padded
-    cdef double* k = w.k + w.job.channels  # of each lane
-    cdef Py_ssize_t first_row = index * w.block_rows, row, i, j
+    cdef double* k = lane_shifts(w)
+    cdef Py_ssize_t first_row = index * w.block_rows, row, i, j, t
     cdef Py_ssize_t rows = min(w.count - first_row, w.block_rows)
     cdef Pack[double] sa, sb, shift = fill(0.0)
     cdef int lanes
@@ -759,6 +741,10 @@ cdef void sum_rows(
             i = (first_row + row) * w.stride + j
             lanes = min(w.width - j, <Py_ssize_t>LANES)
             sa, sb = load(<const double*>a + j, LANES), load(<const double*>b + j, LANES)
+            for t in range(SUM_ROWS):
+                prefetch(x + (first_row + row) * w.stride + j * SUM_ROWS + t * LANES + AHEAD)
+                if dy != NULL:
+                    prefetch(dy + (first_row + row) * w.stride + j * SUM_ROWS + t * LANES + AHEAD)
             if dy != NULL:
                 if w.shifted:
                     shift = load(<const double*>k + j, LANES)
@@ -806,7 +792,7 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
     cdef Job* job = w.job
     cdef double* a = w.sums
     cdef double* b = a + w.padded
-    cdef double* k = w.k + job.channels
+    cdef double* k = lane_shifts(w)
     cdef Py_ssize_t block, c, f, i, j, channels = w.end - w.begin
     cdef const real* last_x = x + w.count * w.stride
     cdef double mean, m2, n, block_n, g
@@ -935,7 +921,7 @@ cdef void run_rows(const real* x, Work* w) noexcept nogil:
         if job.operation != INFERENCE:
             w.step = SUM
             if dy != NULL:
-                spread(<const double*>NULL, w, w.k, 0, w.k + job.channels, 0, w.padded)
+                spread(<const double*>NULL, w, w.k, 0, lane_shifts(w), 0, w.padded)
             run_units(do_unit, w, w.blocks, w.threads)
             finish_rows(x + whole, at(dy, whole), w)
         if dy != NULL:
@@ -975,38 +961,46 @@ cdef void do_unit(void* work, Py_ssize_t unit) noexcept nogil:
         unit_of(<const double*>w.job.x, w, unit)
 
 
+cdef inline Py_ssize_t whole_lines(Py_ssize_t doubles) noexcept nogil:
+    return parts(doubles, 8) * 8
+
+
 cdef int run_typed(const real* x, Job* job) noexcept nogil:
     cdef Work w
     cdef double size = <double>job.outer * job.channels * job.inner * sizeof(real)
-    cdef Py_ssize_t doubles
+    cdef Py_ssize_t table, shifts, sums = 0, lanes = 0
+    cdef double* scratch
     w.job = job
     w.rows = job.inner < LANES
     w.begin = 0
     w.shifted = False
     w.threads = threads_for(2 * size)
     w.past_cache = size > PAST_CACHE * cache_size() and job.out != job.x and job.out != job.dy
-    doubles = TABLE * job.channels + job.channels
+    table = shifts = whole_lines(job.channels)
+    table *= TABLE
     if w.rows:
         choose_rows(&w, 0)
-        doubles += TABLE * w.wrapped + w.padded + 2 * w.blocks * w.padded
+        shifts += w.padded
+        lanes = TABLE * w.wrapped + LANES
     else:
         w.blocks = blocks_of_runs(job)
-        doubles += 2 * w.blocks * job.channels
-    w.table = malloc(doubles * sizeof(double))
-    if w.table == NULL:
+    if job.operation != INFERENCE:
+        sums = whole_lines(2 * w.blocks * (w.padded if w.rows else job.channels))
+    scratch = <double*>malloc((table + shifts + sums + lanes + 8) * sizeof(double))
+    if scratch == NULL:
         return -1
-    w.k = <double*>w.table + TABLE * job.channels
-    w.sums = w.k + job.channels
-    if w.rows:
-        w.sums += w.padded
-        w.lanes = w.sums + 2 * w.blocks * w.padded
+    w.table = align(scratch)
+    w.k = <double*>w.table + table
+    w.sums = w.k + shifts
+    # Where stores to out are aligned, so shall be loads of the coefficients.
+    w.lanes = <char*>(w.sums + sums) + (LANES - lanes_to_line(<real*>job.out)) * element_size(x)
     if job.dy != NULL:
         choose_shifts(x, &w)
     if w.rows:
         run_rows(x, &w)
     else:
         run_runs(x, &w)
-    free(w.table)
+    free(scratch)
     return 0
 
 

@@ -502,6 +502,13 @@ ALWAYS_INLINE void fence() {
     _mm_sfence();
 #endif
 }
+template <class T> ALWAYS_INLINE void prefetch(const T* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch((const void*)p, 0, 2);
+#else
+    (void)p;
+#endif
+}
 template <class T> ALWAYS_INLINE void prefetch_to_write(T* p) {
 #if defined(__GNUC__)
     __builtin_prefetch((void*)p, 1);
@@ -510,7 +517,12 @@ template <class T> ALWAYS_INLINE void prefetch_to_write(T* p) {
 #endif
 }
 
+ALWAYS_INLINE double* align(double* p) {
+    return (double*)(((std::uintptr_t)p + 63) / 64 * 64);
+}
+
 // Arrays of coefficients, in the precision that a T is computed in. The first argument is not read.
+template <class T> constexpr std::size_t element_size(const T*) { return sizeof(Element<T>); }
 template <class T> ALWAYS_INLINE double put_value(const T*, void* values, std::ptrdiff_t i, double value) {
     return ((Element<T>*)values)[i] = (Element<T>)value;
 }
