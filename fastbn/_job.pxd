@@ -21,11 +21,11 @@ cdef struct Job:
     const void* x          # IN
     const void* dy         # IN, backward
     void* out              # OUT: y or dx; may be x or dy itself
-    const double* gamma    # IN, may be NULL; here and below one value a channel
-    const double* beta     # IN, may be NULL
+    const double* gamma    # IN; here and below one value a channel
+    const double* beta     # IN, not in backward
     double eps
     double* mean           # OUT of FORWARD, IN otherwise; so are the next two
-    double* mean_low       # what rounding took from mean; NULL: nothing
+    double* mean_low       # what rounding took from mean
     double* var
     double* dgamma         # OUT, backward
     double* dbeta          # OUT, backward

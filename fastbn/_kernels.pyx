@@ -40,7 +40,6 @@ the type of x, `type` stands for it; it is never read.
 """
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 
 from fastbn._cpu cimport cache_size
@@ -66,12 +65,14 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
         Pack operator+(Pack)
         Pack operator-(Pack)
         Pack operator*(Pack)
+        Pack operator/(Pack)
     Pack[T] fill[T](T value)
     Pack[T] load[T](const T* p, int lanes)
     Pack[double] load_wide[T](const T* p, int lanes)
     void store[T](T* p, Pack[T] a, int lanes)
     Pack[double] keep_first(Pack[double] a, int lanes)
     double sum_lanes(Pack[double] a)
+    Pack[double] square_root(Pack[double] a)
     Pack[double] add_exact_product(Pack[double] sum, Pack[double] a, Pack[double] b)
     Pack[double] where_less(Pack[double] a, Pack[double] b, Pack[double] yes, Pack[double] no)
     P combine[P](P a, P b, int n)
@@ -82,7 +83,8 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
     size_t element_size[T](const T* type)
     void prefetch[T](const T* p)
     void prefetch_to_write[T](T* p)
-    double put_value[T](const T* type, void* values, Py_ssize_t i, double value)
+    void put_value[T](const T* type, void* values, Py_ssize_t i, double value)
+    Pack[double] put_values[T](const T* type, void* values, Py_ssize_t i, Pack[double] a, int lanes)
     Pack[T] fill_value[T](const T* type, const void* values, Py_ssize_t i)
     Pack[T] load_values[T](const T* type, const void* values, Py_ssize_t i)
     double get_value[T](const T* type, const void* values, Py_ssize_t i)
@@ -97,7 +99,7 @@ ctypedef fused real:
 
 cdef enum:
     LANES = 16
-    BLOCK = 16384            # values of one channel in a block of runs
+    BLOCK = 4096             # values of one channel in a block of runs
     BLOCK_OF_ROWS = 65536    # values in a block of rows, about,
     LEAST_ROWS = 128         # but at least so many rows
     MOST_ROWS = 512          # and at most so many
@@ -150,7 +152,8 @@ cdef struct Work:
     double* sums           # two of each channel (or lane) and block
     double* k              # what the sums of a gradient are shifted by, a channel (or lane)
     bint shifted           # whether any of those is not 0
-    void* table            # coefficients of each channel
+    void* table            # coefficients of each channel from `begin` on
+    Py_ssize_t row         # from one row of it to the next
     # rows only
     Py_ssize_t begin       # the panel: its channels,
     Py_ssize_t end
@@ -266,30 +269,45 @@ cdef inline void merge(
     m2[0] += block_m2 + delta * delta * (n * weight)
 
 
-cdef inline void finish_moments(
-    Job* job, Py_ssize_t c, double origin, double distance, double m2
-) noexcept nogil:
-    """Write mean, what it loses in rounding, and var."""
-    cdef double mean = origin + distance
-    cdef double part = mean - origin
-    cdef double count = <double>job.outer * job.inner
-    job.mean[c] = mean
-    job.mean_low[c] = (origin - (mean - part)) + (distance - part)
-    job.var[c] = 0 if m2 < 0 else m2 / count  # below 0 by rounding; a NaN stays
+cdef void finish_moments(Job* job, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """Make mean, what it loses in rounding, and var.
+
+    So far the three hold the distance from the origin, the origin, and the sum of squares.
+    """
+    cdef Pack[double] count = fill(<double>job.outer * job.inner), zero = fill(0.0)
+    cdef Pack[double] distance, origin, mean, part, m2
+    cdef Py_ssize_t c
+    cdef int lanes
+    for c from begin <= c < end by LANES:
+        lanes = min(end - c, <Py_ssize_t>LANES)
+        distance, origin = load(job.mean + c, lanes), load(job.mean_low + c, lanes)
+        m2 = load(job.var + c, lanes)
+        mean = origin + distance
+        part = mean - origin
+        store(job.mean + c, mean, lanes)
+        store(job.mean_low + c, (origin - (mean - part)) + (distance - part), lanes)
+        # Below 0 by rounding; a NaN stays.
+        store(job.var + c, where_less(m2, zero, zero, m2) / count, lanes)
 
 
 cdef void affine_coefficients(
     const real* type, Work* w, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
     cdef Job* job = w.job
-    cdef Py_ssize_t c, row = job.channels
-    cdef double scale, center, low
-    for c in range(begin, end):
-        scale = (job.gamma[c] if job.gamma else 1) / sqrt(job.var[c] + job.eps)
-        center = put_value(type, w.table, CENTER * row + c, job.mean[c])
-        low = job.mean[c] - center + (job.mean_low[c] if job.mean_low else 0)
-        put_value(type, w.table, SCALE * row + c, scale)
-        put_value(type, w.table, SHIFT * row + c, (job.beta[c] if job.beta else 0) - low * scale)
+    cdef Pack[double] eps = fill(job.eps), mean, scale, low
+    cdef Py_ssize_t c
+    cdef int lanes
+    for c from begin <= c < end by LANES:
+        lanes = min(end - c, <Py_ssize_t>LANES)
+        mean = load(job.mean + c, lanes)
+        scale = load(job.gamma + c, lanes) / square_root(load(job.var + c, lanes) + eps)
+        low = mean - put_values(type, w.table, CENTER * w.row + c - w.begin, mean, lanes)
+        low = low + load(job.mean_low + c, lanes)
+        put_values(type, w.table, SCALE * w.row + c - w.begin, scale, lanes)
+        put_values(
+            type, w.table, SHIFT * w.row + c - w.begin,
+            load(job.beta + c, lanes) - low * scale, lanes,
+        )
 
 
 cdef void choose_shifts(const real* type, Work* w) noexcept nogil:
@@ -310,23 +328,29 @@ cdef void gradient_coefficients(
     const real* type, Work* w, Py_ssize_t begin, Py_ssize_t end  # dgamma holds sum(dy * (x - k))
 ) noexcept nogil:
     cdef Job* job = w.job
-    cdef Py_ssize_t c, row = job.channels
-    cdef double rstd, slope, level, low, lost, count = <double>job.outer * job.inner
-    cdef bint fixed = job.operation == BACKWARD_FIXED  # dx = (dy - 0) * scale + 0
-    for c in range(begin, end):
-        rstd = 1 / sqrt(job.var[c] + job.eps)
-        lost = job.mean_low[c] if job.mean_low else 0
-        job.dgamma[c] = (job.dgamma[c] - (job.mean[c] - w.k[c] + lost) * job.dbeta[c]) * rstd
-        slope = rstd * (job.dgamma[c] / count)
-        level = job.dbeta[c] / count
-        low = job.mean[c] + lost - put_value(type, w.table, CENTER * row + c, job.mean[c])
-        put_value(type, w.table, SCALE * row + c, (job.gamma[c] if job.gamma else 1) * rstd)
-        put_value(type, w.table, SLOPE * row + c, slope)
-        lost = level - put_value(type, w.table, LEVEL * row + c, level)
-        put_value(type, w.table, RESIDUE * row + c, lost - low * slope)
-        if fixed:
-            put_value(type, w.table, CENTER * row + c, 0)
-            put_value(type, w.table, SHIFT * row + c, 0)
+    cdef Pack[double] eps = fill(job.eps), count = fill(<double>job.outer * job.inner)
+    cdef Pack[double] one = fill(1.0), zero = fill(0.0)
+    cdef Pack[double] mean, low, rstd, dbeta, dgamma, slope, level, lost
+    cdef Py_ssize_t c
+    cdef int lanes
+    for c from begin <= c < end by LANES:
+        lanes = min(end - c, <Py_ssize_t>LANES)
+        mean, low = load(job.mean + c, lanes), load(job.mean_low + c, lanes)
+        rstd = one / square_root(load(job.var + c, lanes) + eps)
+        dbeta, dgamma = load(job.dbeta + c, lanes), load(job.dgamma + c, lanes)
+        dgamma = (dgamma - (mean - load(w.k + c, lanes) + low) * dbeta) * rstd
+        store(job.dgamma + c, dgamma, lanes)
+        put_values(type, w.table, SCALE * w.row + c - w.begin, load(job.gamma + c, lanes) * rstd,
+                   lanes)
+        if job.operation == BACKWARD_FIXED:  # dx = (dy - 0) * scale + 0
+            put_values(type, w.table, CENTER * w.row + c - w.begin, zero, lanes)
+            put_values(type, w.table, SHIFT * w.row + c - w.begin, zero, lanes)
+            continue
+        slope, level = rstd * (dgamma / count), dbeta / count
+        low = low + (mean - put_values(type, w.table, CENTER * w.row + c - w.begin, mean, lanes))
+        put_values(type, w.table, SLOPE * w.row + c - w.begin, slope, lanes)
+        lost = level - put_values(type, w.table, LEVEL * w.row + c - w.begin, level, lanes)
+        put_values(type, w.table, RESIDUE * w.row + c - w.begin, lost - low * slope, lanes)
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -446,43 +470,48 @@ cdef inline double sum_of(const double* values, Py_ssize_t count) noexcept nogil
     return sum_lanes(total)
 
 
+cdef void finish_block(
+    const real* x, const real* dy, Work* w, Py_ssize_t c, Block block, double* sums  # IN/OUT
+) noexcept nogil:
+    """Sum a block again where that is needed; of x make moments."""
+    cdef double k = 0, n = <double>block.length * (block.end_row - block.first_row)
+    if dy != NULL:
+        if real is double or w.k[c] != 0:
+            sum_shifted_block(x, dy, w, c, block, w.k[c], &sums[0], &sums[1])
+        return
+    if real is double:
+        k = value_of(x + (block.first_row * w.job.channels + c) * w.job.inner + block.first)
+        sum_shifted_block(x, dy, w, c, block, k, &sums[0], &sums[1])
+    if sums[1] - sums[0] * sums[0] / n < sums[1] * CANCELLED:
+        k += sums[0] / n
+        sum_shifted_block(x, dy, w, c, block, k, &sums[0], &sums[1])
+    sums[1] -= sums[0] * sums[0] / n
+    sums[0] = (k - value_of(x + c * w.job.inner)) + sums[0] / n
+
+
 cdef void sum_tile(
     const real* x, const real* dy, Work* w, Py_ssize_t begin, Py_ssize_t end,  # IN
     Py_ssize_t first_block, Py_ssize_t end_block,
 ) noexcept nogil:
     cdef Job* job = w.job
-    cdef Py_ssize_t index, c, i, some, upto
-    cdef double k, n
-    cdef double* sums
+    cdef Py_ssize_t index, c, i, upto = begin
+    # How many channels to take at once. Runs of several blocks one after the other, for the sake
+    # of a straight line through memory.
+    cdef Py_ssize_t some = end - begin if job.inner <= BLOCK else 1
+    cdef Py_ssize_t group = COLUMNS // job.inner if job.inner < SHORT else <Py_ssize_t>MAX_LONG
     cdef Block block
-    for index in range(first_block, end_block):
-        block = block_of_runs(job, index)
-        n = <double>block.length * (block.end_row - block.first_row)
-        if real is not double:
-            upto = begin
-            some = COLUMNS // job.inner if job.inner < SHORT else <Py_ssize_t>MAX_LONG
-            while upto < end:
-                c, upto = upto, min(upto + some, end)
-                if job.inner < SHORT:
-                    sum_short_runs(x, dy, w, c, upto, block, index)
-                else:
-                    sum_long_runs(x, dy, w, c, upto, block, index)
-        for c in range(begin, end):
-            i = (block.first_row * job.channels + c) * job.inner + block.first
-            sums = w.sums + 2 * (c * w.blocks + index)
-            if dy != NULL:
-                if real is double or w.k[c] != 0:
-                    sum_shifted_block(x, dy, w, c, block, w.k[c], &sums[0], &sums[1])
-                continue
-            k = 0
-            if real is double:
-                k = value_of(x + i)
-                sum_shifted_block(x, dy, w, c, block, k, &sums[0], &sums[1])
-            if sums[1] - sums[0] * sums[0] / n < sums[1] * CANCELLED:
-                k += sums[0] / n
-                sum_shifted_block(x, dy, w, c, block, k, &sums[0], &sums[1])
-            sums[1] -= sums[0] * sums[0] / n
-            sums[0] = (k - value_of(x + c * job.inner)) + sums[0] / n
+    while upto < end:
+        begin, upto = upto, min(upto + some, end)
+        for index in range(first_block, end_block):
+            block = block_of_runs(job, index)
+            if real is not double:
+                for c from begin <= c < upto by group:
+                    if job.inner < SHORT:
+                        sum_short_runs(x, dy, w, c, min(c + group, upto), block, index)
+                    else:
+                        sum_long_runs(x, dy, w, c, min(c + group, upto), block, index)
+            for c in range(begin, upto):
+                finish_block(x, dy, w, c, block, w.sums + 2 * (c * w.blocks + index))
 
 
 cdef void finish_runs(const real* x, Work* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
@@ -501,13 +530,14 @@ cdef void finish_runs(const real* x, Work* w, Py_ssize_t begin, Py_ssize_t end) 
                 block_n = <double>block.length * (block.end_row - block.first_row)
                 merge(&mean, &m2, n, sums[2 * i], sums[2 * i + 1], block_n)
                 n += block_n
-            finish_moments(job, c, value_of(x + c * job.inner), mean, m2)
+            job.mean[c], job.mean_low[c], job.var[c] = mean, value_of(x + c * job.inner), m2
         else:
             job.dbeta[c] = job.dgamma[c] = 0
             for i in range(w.blocks):
                 job.dbeta[c] += sums[2 * i]
                 job.dgamma[c] += sums[2 * i + 1]
     if job.operation == FORWARD:
+        finish_moments(job, begin, end)
         affine_coefficients(x, w, begin, end)
     else:
         gradient_coefficients(x, w, begin, end)
@@ -519,9 +549,9 @@ cdef inline void write_line_of_runs(
     bint past_cache,
 ) noexcept nogil:
     """Write packs that lie in one line of memory, from the end; a pack may have two channels."""
-    cdef Py_ssize_t row = w.job.channels, inner = w.job.inner
+    cdef Py_ssize_t channels = w.job.channels, row = w.row, inner = w.job.inner
     cdef Py_ssize_t start = (end - 1) // inner * inner  # of the last run, which is of channel
-    cdef Py_ssize_t c = start // inner % row
+    cdef Py_ssize_t c = start // inner % channels
     cdef Py_ssize_t bottom = min(end, begin + lanes_to_line(out + begin)), p = end, n
     cdef int lanes = (end - bottom) % LANES
     cdef Pack[real] center, scale, shift, slope, level, center0, scale0, shift0, slope0, level0, a
@@ -550,7 +580,7 @@ cdef inline void write_line_of_runs(
             lanes = LANES
         p -= lanes
         if p < start:  # the lower part of the pack is of the channel before
-            c = c - 1 if c else row - 1
+            c = c - 1 if c else channels - 1
             n = start - p
             start -= inner
             center0 = fill_value(x, w.table, CENTER * row + c)
@@ -669,18 +699,19 @@ cdef void choose_rows(Work* w, Py_ssize_t begin) noexcept nogil:
 
 
 cdef void spread(
-    const real* type, Work* w, const void* values, Py_ssize_t row,  # IN: a row of a table
-    void* lanes, Py_ssize_t at, Py_ssize_t length,                  # OUT: from `at`
+    const real* type, Work* w, const void* values,   # IN, one a channel, from `begin` on
+    void* lanes, Py_ssize_t length,                  # OUT
 ) noexcept nogil:
     """Write the value of its channel into each lane, over and over."""
     cdef Py_ssize_t fold, c, i, j = 0
-    for fold in range(w.stride // (w.job.channels * w.job.inner)):
-        for c in range(w.begin, w.end):
-            for i in range(w.job.inner):
-                put_value(type, lanes, at + j, get_value(type, values, row * w.job.channels + c))
-                j += 1
+    if lanes != values:
+        for fold in range(w.stride // (w.job.channels * w.job.inner)):
+            for c in range(w.end - w.begin):
+                for i in range(w.job.inner):
+                    put_value(type, lanes, j, get_value(type, values, c))
+                    j += 1
     for j in range(w.width, length):
-        put_value(type, lanes, at + j, get_value(type, lanes, at + j - w.width))
+        put_value(type, lanes, j, get_value(type, lanes, j - w.width))
 
 
 cdef inline double* lane_shifts(Work* w) noexcept nogil:
@@ -793,36 +824,39 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
     cdef double* a = w.sums
     cdef double* b = a + w.padded
     cdef double* k = lane_shifts(w)
+    cdef double* first = job.mean if dy == NULL else job.dbeta
+    cdef double* second = job.var if dy == NULL else job.dgamma
     cdef Py_ssize_t block, c, f, i, j, channels = w.end - w.begin
     cdef const real* last_x = x + w.count * w.stride
-    cdef double mean, m2, n, block_n, g
+    cdef double n, block_n, g
     for block in range(1, w.blocks):
         merge_lanes(w, block)
     for c in range(w.begin, w.end):
-        mean = m2 = n = 0
+        if dy == NULL:
+            job.mean_low[c] = value_of(x + (c - w.begin) * job.inner)
+        if w.width == channels:  # a lane is a channel
+            first[c], second[c] = a[c - w.begin], b[c - w.begin]
+            continue
+        first[c] = second[c] = n = 0
         for f in range(w.stride // (job.channels * job.inner)):
             for i in range(job.inner):
                 j = (f * channels + c - w.begin) * job.inner + i
-                if dy != NULL:
-                    mean += a[j]
-                    m2 += b[j]
+                if dy == NULL:
                     if j < w.tail:
-                        g = value_of(dy + w.count * w.stride + j)
-                        mean += g
-                        m2 += g * (value_of(last_x + j) - k[j])
-                    continue
-                if j < w.tail:
+                        merge(&a[j], &b[j], w.count, value_of(last_x + j) - value_of(x + j), 0, 1)
+                    block_n = w.count + (j < w.tail)
                     merge(
-                        &a[j], &b[j], w.count, value_of(last_x + j) - value_of(x + j), 0, 1
+                        &first[c], &second[c], n, value_of(x + j) - job.mean_low[c] + a[j], b[j],
+                        block_n,
                     )
-                block_n = w.count + (j < w.tail)
-                g = value_of(x + j) - value_of(x + (c - w.begin) * job.inner)
-                merge(&mean, &m2, n, g + a[j], b[j], block_n)
-                n += block_n
-        if dy != NULL:
-            job.dbeta[c], job.dgamma[c] = mean, m2
-        else:
-            finish_moments(job, c, value_of(x + (c - w.begin) * job.inner), mean, m2)
+                    n += block_n
+                    continue
+                first[c] += a[j]
+                second[c] += b[j]
+                if j < w.tail:
+                    g = value_of(dy + w.count * w.stride + j)
+                    first[c] += g
+                    second[c] += g * (value_of(last_x + j) - k[j])
 
 
 cdef inline Pack[real] pack_of_row(
@@ -910,6 +944,10 @@ cdef void unit_of_rows(
             )
 
 
+cdef inline void* row_of(const real* type, void* values, Py_ssize_t i) noexcept nogil:
+    return <char*>values + i * element_size(type)
+
+
 cdef void run_rows(const real* x, Work* w) noexcept nogil:
     cdef Job* job = w.job
     cdef const real* dy = <const real*>job.dy
@@ -921,15 +959,20 @@ cdef void run_rows(const real* x, Work* w) noexcept nogil:
         if job.operation != INFERENCE:
             w.step = SUM
             if dy != NULL:
-                spread(<const double*>NULL, w, w.k, 0, lane_shifts(w), 0, w.padded)
+                spread(<const double*>NULL, w, w.k + w.begin, lane_shifts(w), w.padded)
             run_units(do_unit, w, w.blocks, w.threads)
             finish_rows(x + whole, at(dy, whole), w)
+        if w.width == w.end - w.begin:  # a lane is a channel
+            w.table, w.row = w.lanes, w.wrapped
+        if job.operation == FORWARD:
+            finish_moments(job, w.begin, w.end)
         if dy != NULL:
             gradient_coefficients(x, w, w.begin, w.end)
         else:
             affine_coefficients(x, w, w.begin, w.end)
         for row in range(TABLE if job.operation == BACKWARD else SHIFT + 1):
-            spread(x, w, w.table, row, w.lanes, row * w.wrapped, w.wrapped)
+            spread(x, w, row_of(x, w.table, row * w.row), row_of(x, w.lanes, row * w.wrapped),
+                   w.wrapped)
         w.step = WRITE
         write_all(w, job.outer * job.channels * job.inner if w.width == w.stride else w.count)
 
@@ -990,6 +1033,7 @@ cdef int run_typed(const real* x, Job* job) noexcept nogil:
     if scratch == NULL:
         return -1
     w.table = align(scratch)
+    w.row = job.channels
     w.k = <double*>w.table + table
     w.sums = w.k + shifts
     # Where stores to out are aligned, so shall be loads of the coefficients.

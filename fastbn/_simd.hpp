@@ -85,6 +85,8 @@ ALWAYS_INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 ALWAYS_INLINE D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
 ALWAYS_INLINE D operator-(D a, D b) { return {_mm512_sub_pd(a.v, b.v)}; }
 ALWAYS_INLINE D operator*(D a, D b) { return {_mm512_mul_pd(a.v, b.v)}; }
+ALWAYS_INLINE D operator/(D a, D b) { return {_mm512_div_pd(a.v, b.v)}; }
+ALWAYS_INLINE D root(D a) { return {_mm512_sqrt_pd(a.v)}; }
 ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) {
     return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
@@ -166,6 +168,8 @@ ALWAYS_INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
 ALWAYS_INLINE D operator+(D a, D b) { return {_mm256_add_pd(a.v, b.v)}; }
 ALWAYS_INLINE D operator-(D a, D b) { return {_mm256_sub_pd(a.v, b.v)}; }
 ALWAYS_INLINE D operator*(D a, D b) { return {_mm256_mul_pd(a.v, b.v)}; }
+ALWAYS_INLINE D operator/(D a, D b) { return {_mm256_div_pd(a.v, b.v)}; }
+ALWAYS_INLINE D root(D a) { return {_mm256_sqrt_pd(a.v)}; }
 ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) {
     return {_mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
@@ -245,6 +249,8 @@ ALWAYS_INLINE F operator*(F a, F b) { return {_mm_mul_ps(a.v, b.v)}; }
 ALWAYS_INLINE D operator+(D a, D b) { return {_mm_add_pd(a.v, b.v)}; }
 ALWAYS_INLINE D operator-(D a, D b) { return {_mm_sub_pd(a.v, b.v)}; }
 ALWAYS_INLINE D operator*(D a, D b) { return {_mm_mul_pd(a.v, b.v)}; }
+ALWAYS_INLINE D operator/(D a, D b) { return {_mm_div_pd(a.v, b.v)}; }
+ALWAYS_INLINE D root(D a) { return {_mm_sqrt_pd(a.v)}; }
 ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {_mm_add_pd(_mm_mul_pd(a.v, b.v), c.v)}; }
 ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) {
     __m128d less = _mm_cmplt_pd(a.v, b.v);
@@ -302,6 +308,8 @@ ALWAYS_INLINE F operator*(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
 ALWAYS_INLINE D operator+(D a, D b) { return {vaddq_f64(a.v, b.v)}; }
 ALWAYS_INLINE D operator-(D a, D b) { return {vsubq_f64(a.v, b.v)}; }
 ALWAYS_INLINE D operator*(D a, D b) { return {vmulq_f64(a.v, b.v)}; }
+ALWAYS_INLINE D operator/(D a, D b) { return {vdivq_f64(a.v, b.v)}; }
+ALWAYS_INLINE D root(D a) { return {vsqrtq_f64(a.v)}; }
 ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) {
     return {vbslq_f64(vcltq_f64(a.v, b.v), yes.v, no.v)};
@@ -326,6 +334,8 @@ ALWAYS_INLINE F operator*(F a, F b) { return {a.v * b.v}; }
 ALWAYS_INLINE D operator+(D a, D b) { return {a.v + b.v}; }
 ALWAYS_INLINE D operator-(D a, D b) { return {a.v - b.v}; }
 ALWAYS_INLINE D operator*(D a, D b) { return {a.v * b.v}; }
+ALWAYS_INLINE D operator/(D a, D b) { return {a.v / b.v}; }
+ALWAYS_INLINE D root(D a) { return {std::sqrt(a.v)}; }
 ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {a.v * b.v + c.v}; }
 ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) { return a.v < b.v ? yes : no; }
 ALWAYS_INLINE void set(F& a, float value) { a.v = value; }
@@ -422,6 +432,10 @@ template <class H> ALWAYS_INLINE Twice<H> operator-(Twice<H> a, Twice<H> b) {
 template <class H> ALWAYS_INLINE Twice<H> operator*(Twice<H> a, Twice<H> b) {
     return {a.lo * b.lo, a.hi * b.hi};
 }
+template <class H> ALWAYS_INLINE Twice<H> operator/(Twice<H> a, Twice<H> b) {
+    return {a.lo / b.lo, a.hi / b.hi};
+}
+template <class H> ALWAYS_INLINE Twice<H> root(Twice<H> a) { return {root(a.lo), root(a.hi)}; }
 template <class H> ALWAYS_INLINE Twice<H> multiply_add(Twice<H> a, Twice<H> b, Twice<H> c) {
     return {multiply_add(a.lo, b.lo, c.lo), multiply_add(a.hi, b.hi, c.hi)};
 }
@@ -479,6 +493,7 @@ ALWAYS_INLINE Pack<double> keep_first(Pack<double> a, int lanes) {
     return join(a, fill(0.0), lanes);
 }
 ALWAYS_INLINE double sum_lanes(Pack<double> a) { return sum(a); }
+ALWAYS_INLINE Pack<double> square_root(Pack<double> a) { return root(a); }
 
 // sum + a * b where the product is exact, as that of two floats is in double: then it makes no
 // difference whether the machine rounds it before it adds.
@@ -523,8 +538,19 @@ ALWAYS_INLINE double* align(double* p) {
 
 // Arrays of coefficients, in the precision that a T is computed in. The first argument is not read.
 template <class T> constexpr std::size_t element_size(const T*) { return sizeof(Element<T>); }
-template <class T> ALWAYS_INLINE double put_value(const T*, void* values, std::ptrdiff_t i, double value) {
-    return ((Element<T>*)values)[i] = (Element<T>)value;
+template <class T> ALWAYS_INLINE void put_value(const T*, void* values, std::ptrdiff_t i, double v) {
+    ((Element<T>*)values)[i] = (Element<T>)v;
+}
+// Returns what is left of the values after rounding.
+template <class T> ALWAYS_INLINE Pack<double> put_values(
+    const T*, void* values, std::ptrdiff_t i, Pack<double> a, int lanes
+) {
+    double buffer[16];
+    Element<T> rounded[16];
+    put(buffer, a);
+    for (int l = 0; l < 16; l++) rounded[l] = (Element<T>)buffer[l];
+    store((Element<T>*)values + i, load((const Element<T>*)rounded, 16), lanes);
+    return load_wide((const Element<T>*)rounded, 16);
 }
 template <class T> ALWAYS_INLINE double get_value(const T*, const void* values, std::ptrdiff_t i) {
     return ((const Element<T>*)values)[i];

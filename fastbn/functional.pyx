@@ -80,7 +80,6 @@ cdef class Cache:
     cdef Py_ssize_t inner
     cdef double eps
     cdef bint fixed              # the statistics were given, so they are constants
-    cdef bint scaled             # gamma was given
     cdef cnp.ndarray gamma_like  # has the shape and dtype of the gradient; None: (C,), as x
     cdef cnp.ndarray beta_like
 
@@ -322,7 +321,7 @@ cdef bint call_kernel(Cache cache, Job* job, cnp.ndarray result) except -1:
     job.outer, job.channels, job.inner = cache.outer, cache.channels, cache.inner
     job.x = cnp.PyArray_DATA(cache.x)
     job.out = cnp.PyArray_DATA(result)
-    job.gamma = cache.row(GAMMA) if cache.scaled else NULL
+    job.gamma = cache.row(GAMMA)
     job.eps = cache.eps
     job.mean, job.mean_low, job.var = cache.row(MEAN), cache.row(MEAN_LOW), cache.row(VAR)
     if cnp.PyArray_SIZE(result) < SMALL:
@@ -366,13 +365,18 @@ cdef tuple normalize(
             if cache.row(VAR)[c] < 0:
                 raise ValueError(f"var: expected values >= 0, got {cache.var.min()}")
     cache.fixed = fixed
-    cache.scaled = gamma is not None
-    if cache.scaled:
+    if gamma is None:
+        for c in range(cache.channels):
+            cache.row(GAMMA)[c] = 1
+    else:
         cache.gamma_like = take_values(
             gamma, "gamma", cache.channels, cache.row(GAMMA), cache.type
         )
     shift = cache.row(ROWS)
-    if beta is not None:
+    if beta is None:
+        for c in range(cache.channels):
+            shift[c] = 0
+    else:
         cache.beta_like = take_values(beta, "beta", cache.channels, shift, cache.type)
     if out is not None:
         check_out(out, given, "x")
@@ -380,7 +384,7 @@ cdef tuple normalize(
     if cnp.PyArray_SIZE(result):
         job.operation = INFERENCE if fixed else FORWARD
         job.dy = NULL
-        job.beta = shift if beta is not None else NULL
+        job.beta = shift
         call_kernel(cache, &job, result)
     if out is not None and np.may_share_memory(out, cache.x):
         cache.x = None
