@@ -19,3 +19,8 @@ __all__ = [
     "set_recycling",
 ]
 __version__ = "0.1.0"
+
+try:
+    from fastbn import _controller  # noqa: F401  (threadpoolctl learns of our threads)
+except ImportError:  # threadpoolctl is not installed, or an old one
+    pass

@@ -103,15 +103,16 @@ cdef enum:
     BLOCK_OF_ROWS = 65536    # values in a block of rows, about,
     LEAST_ROWS = 128         # but at least so many rows
     MOST_ROWS = 512          # and at most so many
-    SUM_ROWS = 8             # rows that are summed side by side
-    TILE = 2048              # contiguous values that a tile of channels has at least
-    SHORT = 256              # values that a run must have to be summed by itself
+    SUM_ROWS = 8             # rows that are summed side by side, half as many of two arrays
+    AHEAD = 8192             # values that are fetched ahead meanwhile
+    TILE = 4 << 20           # bytes in a tile of channels, about,
+    SEGMENT = 128 << 10      # and contiguous bytes in it, at most
+    SHORT = 256              # values in a run that is summed by itself; half, of two arrays
     COLUMNS = 2048           # contiguous values of short runs that are summed side by side
     COLUMN_PACKS = 128       # = COLUMNS / LANES
     MAX_LONG = 64            # long runs that are
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
     PANEL = 4096             # values of a row that are taken at once, at least
-    AHEAD = 4096
     UNITS = 8                # pieces of work per thread, where one can choose
 
 # The part of itself down to which sum(x * x) may cancel: 4 of float64's 53 bits. That is where the
@@ -119,11 +120,7 @@ cdef enum:
 cdef double CANCELLED = 1.0 / 16
 
 # The part of the last-level cache that a result may fill before it is written past it.
-import os as _os
-cdef double TB = float(_os.environ.get('TB','131072'))
-cdef double TT = float(_os.environ.get('TT','4e6'))
-cdef int PW = int(_os.environ.get('PW','1'))
-cdef double PAST_CACHE = float(_os.environ.get('PC','0.3'))
+cdef double PAST_CACHE = 0.3
 
 # The rows of the table of coefficients; normalisation needs the first three.
 cdef enum:
@@ -385,9 +382,14 @@ cdef inline Block block_of_runs(Job* job, Py_ssize_t b) noexcept nogil:
 
 
 cdef inline Py_ssize_t tile_channels(Job* job) noexcept nogil:
-    cdef double size = 8 if job.type == FLOAT64 else 4 if job.type == FLOAT32 else 2
-    cdef double segment = max(8192.0, min(TB, TT / job.outer))
-    return max(1, <Py_ssize_t>(segment / size / job.inner))
+    """Return how many channels are summed and written before the next.
+
+    Each example adds a segment of memory to the tile. Long ones spare the hardware the search for
+    the next one; all of them together should stay in a cache.
+    """
+    cdef Py_ssize_t size = 8 if job.type == FLOAT64 else 4 if job.type == FLOAT32 else 2
+    cdef Py_ssize_t segment = max(<Py_ssize_t>SEGMENT // 16, min(SEGMENT, TILE // job.outer))
+    return max(1, segment // size // job.inner)
 
 
 cdef inline void add_run(
@@ -443,14 +445,15 @@ cdef void sum_short_runs(
     cdef Py_ssize_t row, c, i, j, width = (end - begin) * job.inner
     cdef Py_ssize_t stride = job.channels * job.inner
     cdef int lanes
+    cdef Py_ssize_t rows = SUM_ROWS if dy == NULL else SUM_ROWS // 2
     for j in range(parts(width, LANES)):
         a[j] = b[j] = fill(0.0)
-    for row from block.first_row <= row < block.end_row by SUM_ROWS:
+    for row from block.first_row <= row < block.end_row by rows:
         for j from 0 <= j < width by LANES:
             i = row * stride + begin * job.inner + j
             lanes = min(width - j, <Py_ssize_t>LANES)
             add_packs(
-                x + i, at(dy, i), min(block.end_row - row, <Py_ssize_t>SUM_ROWS), stride, lanes,
+                x + i, at(dy, i), min(block.end_row - row, rows), stride, lanes,
                 fill(0.0), False, &a[j // LANES], &b[j // LANES],
             )
     for c in range(begin, end):
@@ -498,7 +501,8 @@ cdef void sum_tile(
     # How many channels to take at once. Runs of several blocks one after the other, for the sake
     # of a straight line through memory.
     cdef Py_ssize_t some = end - begin if job.inner <= BLOCK else 1
-    cdef Py_ssize_t group = COLUMNS // job.inner if job.inner < SHORT else <Py_ssize_t>MAX_LONG
+    cdef Py_ssize_t least = SHORT if dy == NULL else SHORT // 2
+    cdef Py_ssize_t group = COLUMNS // job.inner if job.inner < least else <Py_ssize_t>MAX_LONG
     cdef Block block
     while upto < end:
         begin, upto = upto, min(upto + some, end)
@@ -506,7 +510,7 @@ cdef void sum_tile(
             block = block_of_runs(job, index)
             if real is not double:
                 for c from begin <= c < upto by group:
-                    if job.inner < SHORT:
+                    if job.inner < least:
                         sum_short_runs(x, dy, w, c, min(c + group, upto), block, index)
                     else:
                         sum_long_runs(x, dy, w, c, min(c + group, upto), block, index)
@@ -639,7 +643,8 @@ cdef void unit_of_runs(
         first = unit * w.per_unit
         write_runs(source, other, out, w, first, min(first + w.per_unit, job.outer * stride))
     else:
-        for tile in range(unit * w.per_unit, min((unit + 1) * w.per_unit, parts(job.channels, size))):
+        first = unit * w.per_unit
+        for tile in range(first, min(first + w.per_unit, parts(job.channels, size))):
             begin, end = tile * size, min((tile + 1) * size, job.channels)
             sum_tile(x, dy, w, begin, end, 0, w.blocks)
             finish_runs(x, w, begin, end)
@@ -765,29 +770,30 @@ cdef void sum_rows(
     cdef Py_ssize_t rows = min(w.count - first_row, w.block_rows)
     cdef Pack[double] sa, sb, shift = fill(0.0)
     cdef int lanes
+    cdef Py_ssize_t side = SUM_ROWS if dy == NULL else SUM_ROWS // 2
     for j in range(2 * w.padded):
         a[j] = 0
-    for row from 0 <= row < rows by SUM_ROWS:
+    for row from 0 <= row < rows by side:
         for j from 0 <= j < w.width by LANES:
             i = (first_row + row) * w.stride + j
             lanes = min(w.width - j, <Py_ssize_t>LANES)
             sa, sb = load(<const double*>a + j, LANES), load(<const double*>b + j, LANES)
-            for t in range(SUM_ROWS):
-                prefetch(x + (first_row + row) * w.stride + j * SUM_ROWS + t * LANES + AHEAD)
+            for t in range(side):
+                prefetch(x + (first_row + row) * w.stride + j * side + t * LANES + AHEAD)
                 if dy != NULL:
-                    prefetch(dy + (first_row + row) * w.stride + j * SUM_ROWS + t * LANES + AHEAD)
+                    prefetch(dy + (first_row + row) * w.stride + j * side + t * LANES + AHEAD)
             if dy != NULL:
                 if w.shifted:
                     shift = load(<const double*>k + j, LANES)
                 add_packs(
-                    x + i, dy + i, min(rows - row, <Py_ssize_t>SUM_ROWS), w.stride, lanes, shift,
+                    x + i, dy + i, min(rows - row, side), w.stride, lanes, shift,
                     w.shifted, &sa, &sb,
                 )
             else:
                 if real is double:
                     shift = load_wide(x + first_row * w.stride + j, lanes)
                 add_packs(
-                    x + i, dy, min(rows - row, <Py_ssize_t>SUM_ROWS), w.stride, lanes, shift,
+                    x + i, dy, min(rows - row, side), w.stride, lanes, shift,
                     False, &sa, &sb,
                 )
             store(a + j, sa, LANES)

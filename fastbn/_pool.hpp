@@ -2,7 +2,7 @@
 //
 // One job at a time, cut into units. The units are handed out from one counter to whoever asks: the
 // caller asks like a worker does, so it never waits for one that has not begun, and a worker that
-// wakes late finds nothing to do and does no harm. Who computes a unit changes no bit of the result.
+// wakes late finds nothing to do and does no harm. Who computes a unit changes no bit of a result.
 //
 // A caller that finds the pool busy (with another thread's job, or with its own) does all units
 // itself. Workers that find nothing yield for a moment, so that a loop of calls need not wake them

@@ -22,11 +22,11 @@
 #include <arm_neon.h>
 #endif
 
-// The kernels are loops over these: one that is called instead of inlined keeps its packs in memory.
+// The kernels are loops over these; one that is called, not inlined, keeps its packs in memory.
 #if defined(_MSC_VER)
-#define ALWAYS_INLINE __forceinline
+#define INLINE __forceinline
 #else
-#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define INLINE inline __attribute__((always_inline))
 #endif
 
 namespace fastbn {
@@ -37,26 +37,26 @@ struct Bfloat { std::uint16_t bits; };  // the upper half of a float
 
 namespace {  // each variant keeps its own copy: the linker must never share one between two
 
-ALWAYS_INLINE std::uint32_t bits_of(float value) {
+INLINE std::uint32_t bits_of(float value) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return bits;
 }
-ALWAYS_INLINE float float_of(std::uint32_t bits) {
+INLINE float float_of(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
-ALWAYS_INLINE float widened(Half h) {
+INLINE float widened(Half h) {
     std::uint32_t sign = (h.bits & 0x8000u) << 16, rest = h.bits & 0x7fffu;
     // As a float the same bits are 2^112 too small, whether normal or not; except Inf and NaN.
     std::uint32_t bits = rest < 0x7c00u ? bits_of(float_of(rest << 13) * 0x1p112f)
                                         : rest << 13 | 0x7f800000u;
     return float_of(bits | sign);
 }
-ALWAYS_INLINE float widened(Bfloat b) { return float_of((std::uint32_t)b.bits << 16); }
+INLINE float widened(Bfloat b) { return float_of((std::uint32_t)b.bits << 16); }
 // To the nearest, ties to even.
-ALWAYS_INLINE void narrow(Half& h, float value) {
+INLINE void narrow(Half& h, float value) {
     std::uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
     if (rest > 0x7f800000u) rest = 0x7e00u | (rest >> 13 & 0x3ffu);
     else if (rest >= 0x477ff000u) rest = 0x7c00u;  // 65520 and above
@@ -65,7 +65,7 @@ ALWAYS_INLINE void narrow(Half& h, float value) {
     else rest = (rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13;
     h.bits = (std::uint16_t)(sign | rest);
 }
-ALWAYS_INLINE void narrow(Bfloat& b, float value) {
+INLINE void narrow(Bfloat& b, float value) {
     std::uint32_t bits = bits_of(value);
     bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     b.bits = (std::uint16_t)(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
@@ -76,50 +76,50 @@ ALWAYS_INLINE void narrow(Bfloat& b, float value) {
 struct F { static constexpr int lanes = 16; __m512 v; };
 struct D { static constexpr int lanes = 8; __m512d v; };
 
-ALWAYS_INLINE __mmask16 first16(int n) { return (__mmask16)((1u << n) - 1); }
-ALWAYS_INLINE __mmask8 first8(int n) { return (__mmask8)((1u << n) - 1); }
+INLINE __mmask16 first16(int n) { return (__mmask16)((1u << n) - 1); }
+INLINE __mmask8 first8(int n) { return (__mmask8)((1u << n) - 1); }
 
-ALWAYS_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
-ALWAYS_INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
-ALWAYS_INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
-ALWAYS_INLINE D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator-(D a, D b) { return {_mm512_sub_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator*(D a, D b) { return {_mm512_mul_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator/(D a, D b) { return {_mm512_div_pd(a.v, b.v)}; }
-ALWAYS_INLINE D root(D a) { return {_mm512_sqrt_pd(a.v)}; }
-ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
-ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) {
+INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+INLINE D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
+INLINE D operator-(D a, D b) { return {_mm512_sub_pd(a.v, b.v)}; }
+INLINE D operator*(D a, D b) { return {_mm512_mul_pd(a.v, b.v)}; }
+INLINE D operator/(D a, D b) { return {_mm512_div_pd(a.v, b.v)}; }
+INLINE D root(D a) { return {_mm512_sqrt_pd(a.v)}; }
+INLINE D multiply_add(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+INLINE D choose_less(D a, D b, D yes, D no) {
     return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
-ALWAYS_INLINE void set(F& a, float value) { a.v = _mm512_set1_ps(value); }
-ALWAYS_INLINE void set(D& a, double value) { a.v = _mm512_set1_pd(value); }
+INLINE void set(F& a, float value) { a.v = _mm512_set1_ps(value); }
+INLINE void set(D& a, double value) { a.v = _mm512_set1_pd(value); }
 
-ALWAYS_INLINE void get(F& a, const float* p) { a.v = _mm512_loadu_ps(p); }
-ALWAYS_INLINE void get(D& a, const double* p) { a.v = _mm512_loadu_pd(p); }
-ALWAYS_INLINE void get(D& a, const float* p) { a.v = _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-ALWAYS_INLINE void get(F& a, const float* p, int n) { a.v = _mm512_maskz_loadu_ps(first16(n), p); }
-ALWAYS_INLINE void get(D& a, const double* p, int n) { a.v = _mm512_maskz_loadu_pd(first8(n), p); }
-ALWAYS_INLINE void get(D& a, const float* p, int n) {
+INLINE void get(F& a, const float* p) { a.v = _mm512_loadu_ps(p); }
+INLINE void get(D& a, const double* p) { a.v = _mm512_loadu_pd(p); }
+INLINE void get(D& a, const float* p) { a.v = _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+INLINE void get(F& a, const float* p, int n) { a.v = _mm512_maskz_loadu_ps(first16(n), p); }
+INLINE void get(D& a, const double* p, int n) { a.v = _mm512_maskz_loadu_pd(first8(n), p); }
+INLINE void get(D& a, const float* p, int n) {
     a.v = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(first8(n), p));
 }
-ALWAYS_INLINE void get(F& a, const Half* p) {
+INLINE void get(F& a, const Half* p) {
     a.v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-ALWAYS_INLINE void get(D& a, const Half* p) {
+INLINE void get(D& a, const Half* p) {
     a.v = _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 }
-ALWAYS_INLINE void get(F& a, const Bfloat* p) {
+INLINE void get(F& a, const Bfloat* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     a.v = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-ALWAYS_INLINE void get(D& a, const Bfloat* p) {
+INLINE void get(D& a, const Bfloat* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     a.v = _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
 }
-ALWAYS_INLINE void put(Half* p, F a) {
+INLINE void put(Half* p, F a) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-ALWAYS_INLINE __m256i bfloats(F a) {
+INLINE __m256i bfloats(F a) {
     __m512i bits = _mm512_castps_si512(a.v), upper = _mm512_srli_epi32(bits, 16);
     __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
     __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
@@ -128,21 +128,21 @@ ALWAYS_INLINE __m256i bfloats(F a) {
     __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(nearest, is_nan, nan));
 }
-ALWAYS_INLINE void put(Bfloat* p, F a) { _mm256_storeu_si256((__m256i*)p, bfloats(a)); }
-ALWAYS_INLINE void put_past_cache(float* p, F a) { _mm512_stream_ps(p, a.v); }
-ALWAYS_INLINE void put_past_cache(double* p, D a) { _mm512_stream_pd(p, a.v); }
-ALWAYS_INLINE void put_past_cache(Half* p, F a) {
+INLINE void put(Bfloat* p, F a) { _mm256_storeu_si256((__m256i*)p, bfloats(a)); }
+INLINE void put_past_cache(float* p, F a) { _mm512_stream_ps(p, a.v); }
+INLINE void put_past_cache(double* p, D a) { _mm512_stream_pd(p, a.v); }
+INLINE void put_past_cache(Half* p, F a) {
     _mm256_stream_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-ALWAYS_INLINE void put_past_cache(Bfloat* p, F a) { _mm256_stream_si256((__m256i*)p, bfloats(a)); }
-ALWAYS_INLINE void put(float* p, F a) { _mm512_storeu_ps(p, a.v); }
-ALWAYS_INLINE void put(double* p, D a) { _mm512_storeu_pd(p, a.v); }
-ALWAYS_INLINE void put(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first16(n), a.v); }
-ALWAYS_INLINE void put(double* p, D a, int n) { _mm512_mask_storeu_pd(p, first8(n), a.v); }
+INLINE void put_past_cache(Bfloat* p, F a) { _mm256_stream_si256((__m256i*)p, bfloats(a)); }
+INLINE void put(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+INLINE void put(double* p, D a) { _mm512_storeu_pd(p, a.v); }
+INLINE void put(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first16(n), a.v); }
+INLINE void put(double* p, D a, int n) { _mm512_mask_storeu_pd(p, first8(n), a.v); }
 
-ALWAYS_INLINE F join(F a, F b, int n) { return {_mm512_mask_blend_ps(first16(n), b.v, a.v)}; }
-ALWAYS_INLINE D join(D a, D b, int n) { return {_mm512_mask_blend_pd(first8(n), b.v, a.v)}; }
-ALWAYS_INLINE double sum(D a) {
+INLINE F join(F a, F b, int n) { return {_mm512_mask_blend_ps(first16(n), b.v, a.v)}; }
+INLINE D join(D a, D b, int n) { return {_mm512_mask_blend_pd(first8(n), b.v, a.v)}; }
+INLINE double sum(D a) {
     __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
     __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
     return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
@@ -155,54 +155,54 @@ struct D { static constexpr int lanes = 4; __m256d v; };
 
 // A window on these that starts n before the middle has n lanes set.
 alignas(64) const int ONES_THEN_ZEROS[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-ALWAYS_INLINE __m256i first8(int n) {
+INLINE __m256i first8(int n) {
     return _mm256_loadu_si256((const __m256i*)(ONES_THEN_ZEROS + 8 - n));
 }
-ALWAYS_INLINE __m128i first4(int n) {
+INLINE __m128i first4(int n) {
     return _mm_loadu_si128((const __m128i*)(ONES_THEN_ZEROS + 8 - n));
 }
 
-ALWAYS_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
-ALWAYS_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
-ALWAYS_INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
-ALWAYS_INLINE D operator+(D a, D b) { return {_mm256_add_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator-(D a, D b) { return {_mm256_sub_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator*(D a, D b) { return {_mm256_mul_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator/(D a, D b) { return {_mm256_div_pd(a.v, b.v)}; }
-ALWAYS_INLINE D root(D a) { return {_mm256_sqrt_pd(a.v)}; }
-ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
-ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) {
+INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+INLINE D operator+(D a, D b) { return {_mm256_add_pd(a.v, b.v)}; }
+INLINE D operator-(D a, D b) { return {_mm256_sub_pd(a.v, b.v)}; }
+INLINE D operator*(D a, D b) { return {_mm256_mul_pd(a.v, b.v)}; }
+INLINE D operator/(D a, D b) { return {_mm256_div_pd(a.v, b.v)}; }
+INLINE D root(D a) { return {_mm256_sqrt_pd(a.v)}; }
+INLINE D multiply_add(D a, D b, D c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+INLINE D choose_less(D a, D b, D yes, D no) {
     return {_mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
 }
-ALWAYS_INLINE void set(F& a, float value) { a.v = _mm256_set1_ps(value); }
-ALWAYS_INLINE void set(D& a, double value) { a.v = _mm256_set1_pd(value); }
+INLINE void set(F& a, float value) { a.v = _mm256_set1_ps(value); }
+INLINE void set(D& a, double value) { a.v = _mm256_set1_pd(value); }
 
-ALWAYS_INLINE void get(F& a, const float* p) { a.v = _mm256_loadu_ps(p); }
-ALWAYS_INLINE void get(D& a, const double* p) { a.v = _mm256_loadu_pd(p); }
-ALWAYS_INLINE void get(D& a, const float* p) { a.v = _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-ALWAYS_INLINE void get(F& a, const float* p, int n) { a.v = _mm256_maskload_ps(p, first8(n)); }
-ALWAYS_INLINE void get(D& a, const double* p, int n) {
+INLINE void get(F& a, const float* p) { a.v = _mm256_loadu_ps(p); }
+INLINE void get(D& a, const double* p) { a.v = _mm256_loadu_pd(p); }
+INLINE void get(D& a, const float* p) { a.v = _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+INLINE void get(F& a, const float* p, int n) { a.v = _mm256_maskload_ps(p, first8(n)); }
+INLINE void get(D& a, const double* p, int n) {
     a.v = _mm256_maskload_pd(p, _mm256_cvtepi32_epi64(first4(n)));
 }
-ALWAYS_INLINE void get(D& a, const float* p, int n) {
+INLINE void get(D& a, const float* p, int n) {
     a.v = _mm256_cvtps_pd(_mm_maskload_ps(p, first4(n)));
 }
-ALWAYS_INLINE void get(F& a, const Half* p) {
+INLINE void get(F& a, const Half* p) {
     a.v = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
-ALWAYS_INLINE void get(D& a, const Half* p) {
+INLINE void get(D& a, const Half* p) {
     a.v = _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
 }
-ALWAYS_INLINE void get(F& a, const Bfloat* p) {
+INLINE void get(F& a, const Bfloat* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     a.v = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-ALWAYS_INLINE void get(D& a, const Bfloat* p) {
+INLINE void get(D& a, const Bfloat* p) {
     __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
     a.v = _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)));
 }
-ALWAYS_INLINE __m128i halves(F a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
-ALWAYS_INLINE __m128i bfloats(F a) {
+INLINE __m128i halves(F a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+INLINE __m128i bfloats(F a) {
     __m256i bits = _mm256_castps_si256(a.v), upper = _mm256_srli_epi32(bits, 16);
     __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
     __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
@@ -213,27 +213,27 @@ ALWAYS_INLINE __m128i bfloats(F a) {
     __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
     return _mm256_castsi256_si128(packed);
 }
-ALWAYS_INLINE void put(Half* p, F a) { _mm_storeu_si128((__m128i*)p, halves(a)); }
-ALWAYS_INLINE void put(Bfloat* p, F a) { _mm_storeu_si128((__m128i*)p, bfloats(a)); }
-ALWAYS_INLINE void put_past_cache(float* p, F a) { _mm256_stream_ps(p, a.v); }
-ALWAYS_INLINE void put_past_cache(double* p, D a) { _mm256_stream_pd(p, a.v); }
-ALWAYS_INLINE void put_past_cache(Half* p, F a) { _mm_stream_si128((__m128i*)p, halves(a)); }
-ALWAYS_INLINE void put_past_cache(Bfloat* p, F a) { _mm_stream_si128((__m128i*)p, bfloats(a)); }
-ALWAYS_INLINE void put(float* p, F a) { _mm256_storeu_ps(p, a.v); }
-ALWAYS_INLINE void put(double* p, D a) { _mm256_storeu_pd(p, a.v); }
-ALWAYS_INLINE void put(float* p, F a, int n) { _mm256_maskstore_ps(p, first8(n), a.v); }
-ALWAYS_INLINE void put(double* p, D a, int n) {
+INLINE void put(Half* p, F a) { _mm_storeu_si128((__m128i*)p, halves(a)); }
+INLINE void put(Bfloat* p, F a) { _mm_storeu_si128((__m128i*)p, bfloats(a)); }
+INLINE void put_past_cache(float* p, F a) { _mm256_stream_ps(p, a.v); }
+INLINE void put_past_cache(double* p, D a) { _mm256_stream_pd(p, a.v); }
+INLINE void put_past_cache(Half* p, F a) { _mm_stream_si128((__m128i*)p, halves(a)); }
+INLINE void put_past_cache(Bfloat* p, F a) { _mm_stream_si128((__m128i*)p, bfloats(a)); }
+INLINE void put(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+INLINE void put(double* p, D a) { _mm256_storeu_pd(p, a.v); }
+INLINE void put(float* p, F a, int n) { _mm256_maskstore_ps(p, first8(n), a.v); }
+INLINE void put(double* p, D a, int n) {
     _mm256_maskstore_pd(p, _mm256_cvtepi32_epi64(first4(n)), a.v);
 }
 
-ALWAYS_INLINE F join(F a, F b, int n) {
+INLINE F join(F a, F b, int n) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first8(n)))};
 }
-ALWAYS_INLINE D join(D a, D b, int n) {
+INLINE D join(D a, D b, int n) {
     __m256d mask = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(first4(n)));
     return {_mm256_blendv_pd(b.v, a.v, mask)};
 }
-ALWAYS_INLINE double sum(D a) {
+INLINE double sum(D a) {
     __m128d two = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
     return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
 }
@@ -243,57 +243,57 @@ ALWAYS_INLINE double sum(D a) {
 struct F { static constexpr int lanes = 4; __m128 v; };
 struct D { static constexpr int lanes = 2; __m128d v; };
 
-ALWAYS_INLINE F operator+(F a, F b) { return {_mm_add_ps(a.v, b.v)}; }
-ALWAYS_INLINE F operator-(F a, F b) { return {_mm_sub_ps(a.v, b.v)}; }
-ALWAYS_INLINE F operator*(F a, F b) { return {_mm_mul_ps(a.v, b.v)}; }
-ALWAYS_INLINE D operator+(D a, D b) { return {_mm_add_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator-(D a, D b) { return {_mm_sub_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator*(D a, D b) { return {_mm_mul_pd(a.v, b.v)}; }
-ALWAYS_INLINE D operator/(D a, D b) { return {_mm_div_pd(a.v, b.v)}; }
-ALWAYS_INLINE D root(D a) { return {_mm_sqrt_pd(a.v)}; }
-ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {_mm_add_pd(_mm_mul_pd(a.v, b.v), c.v)}; }
-ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) {
+INLINE F operator+(F a, F b) { return {_mm_add_ps(a.v, b.v)}; }
+INLINE F operator-(F a, F b) { return {_mm_sub_ps(a.v, b.v)}; }
+INLINE F operator*(F a, F b) { return {_mm_mul_ps(a.v, b.v)}; }
+INLINE D operator+(D a, D b) { return {_mm_add_pd(a.v, b.v)}; }
+INLINE D operator-(D a, D b) { return {_mm_sub_pd(a.v, b.v)}; }
+INLINE D operator*(D a, D b) { return {_mm_mul_pd(a.v, b.v)}; }
+INLINE D operator/(D a, D b) { return {_mm_div_pd(a.v, b.v)}; }
+INLINE D root(D a) { return {_mm_sqrt_pd(a.v)}; }
+INLINE D multiply_add(D a, D b, D c) { return {_mm_add_pd(_mm_mul_pd(a.v, b.v), c.v)}; }
+INLINE D choose_less(D a, D b, D yes, D no) {
     __m128d less = _mm_cmplt_pd(a.v, b.v);
     return {_mm_or_pd(_mm_and_pd(less, yes.v), _mm_andnot_pd(less, no.v))};
 }
-ALWAYS_INLINE void set(F& a, float value) { a.v = _mm_set1_ps(value); }
-ALWAYS_INLINE void set(D& a, double value) { a.v = _mm_set1_pd(value); }
+INLINE void set(F& a, float value) { a.v = _mm_set1_ps(value); }
+INLINE void set(D& a, double value) { a.v = _mm_set1_pd(value); }
 
-ALWAYS_INLINE __m128 two_floats(const float* p) {
+INLINE __m128 two_floats(const float* p) {
     return _mm_loadl_pi(_mm_setzero_ps(), (const __m64*)p);
 }
-ALWAYS_INLINE void get(F& a, const float* p) { a.v = _mm_loadu_ps(p); }
-ALWAYS_INLINE void get(D& a, const double* p) { a.v = _mm_loadu_pd(p); }
-ALWAYS_INLINE void get(D& a, const float* p) { a.v = _mm_cvtps_pd(two_floats(p)); }
-ALWAYS_INLINE void get(F& a, const float* p, int n) {
+INLINE void get(F& a, const float* p) { a.v = _mm_loadu_ps(p); }
+INLINE void get(D& a, const double* p) { a.v = _mm_loadu_pd(p); }
+INLINE void get(D& a, const float* p) { a.v = _mm_cvtps_pd(two_floats(p)); }
+INLINE void get(F& a, const float* p, int n) {
     a.v = n == 0 ? _mm_setzero_ps()
         : n == 1 ? _mm_load_ss(p)
         : n == 2 ? two_floats(p)
         : n == 3 ? _mm_movelh_ps(two_floats(p), _mm_load_ss(p + 2))
                  : _mm_loadu_ps(p);
 }
-ALWAYS_INLINE void get(D& a, const double* p, int n) {
+INLINE void get(D& a, const double* p, int n) {
     a.v = n == 0 ? _mm_setzero_pd() : n == 1 ? _mm_load_sd(p) : _mm_loadu_pd(p);
 }
-ALWAYS_INLINE void get(D& a, const float* p, int n) {
+INLINE void get(D& a, const float* p, int n) {
     a.v = n == 0 ? _mm_setzero_pd() : _mm_cvtps_pd(n == 1 ? _mm_load_ss(p) : two_floats(p));
 }
-ALWAYS_INLINE void put_past_cache(float* p, F a) { _mm_stream_ps(p, a.v); }
-ALWAYS_INLINE void put_past_cache(double* p, D a) { _mm_stream_pd(p, a.v); }
-ALWAYS_INLINE void put(float* p, F a) { _mm_storeu_ps(p, a.v); }
-ALWAYS_INLINE void put(double* p, D a) { _mm_storeu_pd(p, a.v); }
-ALWAYS_INLINE void put(float* p, F a, int n) {
+INLINE void put_past_cache(float* p, F a) { _mm_stream_ps(p, a.v); }
+INLINE void put_past_cache(double* p, D a) { _mm_stream_pd(p, a.v); }
+INLINE void put(float* p, F a) { _mm_storeu_ps(p, a.v); }
+INLINE void put(double* p, D a) { _mm_storeu_pd(p, a.v); }
+INLINE void put(float* p, F a, int n) {
     if (n >= 4) { _mm_storeu_ps(p, a.v); return; }
     if (n >= 2) _mm_storel_pi((__m64*)p, a.v);
     if (n == 1) _mm_store_ss(p, a.v);
     if (n == 3) _mm_store_ss(p + 2, _mm_movehl_ps(a.v, a.v));
 }
-ALWAYS_INLINE void put(double* p, D a, int n) {
+INLINE void put(double* p, D a, int n) {
     if (n >= 2) _mm_storeu_pd(p, a.v);
     else if (n == 1) _mm_store_sd(p, a.v);
 }
 
-ALWAYS_INLINE double sum(D a) { return _mm_cvtsd_f64(a.v) + _mm_cvtsd_f64(_mm_unpackhi_pd(a.v, a.v)); }
+INLINE double sum(D a) { return _mm_cvtsd_f64(a.v) + _mm_cvtsd_f64(_mm_unpackhi_pd(a.v, a.v)); }
 
 #else
 
@@ -302,60 +302,60 @@ ALWAYS_INLINE double sum(D a) { return _mm_cvtsd_f64(a.v) + _mm_cvtsd_f64(_mm_un
 struct F { static constexpr int lanes = 4; float32x4_t v; };
 struct D { static constexpr int lanes = 2; float64x2_t v; };
 
-ALWAYS_INLINE F operator+(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
-ALWAYS_INLINE F operator-(F a, F b) { return {vsubq_f32(a.v, b.v)}; }
-ALWAYS_INLINE F operator*(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
-ALWAYS_INLINE D operator+(D a, D b) { return {vaddq_f64(a.v, b.v)}; }
-ALWAYS_INLINE D operator-(D a, D b) { return {vsubq_f64(a.v, b.v)}; }
-ALWAYS_INLINE D operator*(D a, D b) { return {vmulq_f64(a.v, b.v)}; }
-ALWAYS_INLINE D operator/(D a, D b) { return {vdivq_f64(a.v, b.v)}; }
-ALWAYS_INLINE D root(D a) { return {vsqrtq_f64(a.v)}; }
-ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
-ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) {
+INLINE F operator+(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
+INLINE F operator-(F a, F b) { return {vsubq_f32(a.v, b.v)}; }
+INLINE F operator*(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
+INLINE D operator+(D a, D b) { return {vaddq_f64(a.v, b.v)}; }
+INLINE D operator-(D a, D b) { return {vsubq_f64(a.v, b.v)}; }
+INLINE D operator*(D a, D b) { return {vmulq_f64(a.v, b.v)}; }
+INLINE D operator/(D a, D b) { return {vdivq_f64(a.v, b.v)}; }
+INLINE D root(D a) { return {vsqrtq_f64(a.v)}; }
+INLINE D multiply_add(D a, D b, D c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+INLINE D choose_less(D a, D b, D yes, D no) {
     return {vbslq_f64(vcltq_f64(a.v, b.v), yes.v, no.v)};
 }
-ALWAYS_INLINE void set(F& a, float value) { a.v = vdupq_n_f32(value); }
-ALWAYS_INLINE void set(D& a, double value) { a.v = vdupq_n_f64(value); }
-ALWAYS_INLINE void get(F& a, const float* p) { a.v = vld1q_f32(p); }
-ALWAYS_INLINE void get(D& a, const double* p) { a.v = vld1q_f64(p); }
-ALWAYS_INLINE void get(D& a, const float* p) { a.v = vcvt_f64_f32(vld1_f32(p)); }
-ALWAYS_INLINE void put(float* p, F a) { vst1q_f32(p, a.v); }
-ALWAYS_INLINE void put(double* p, D a) { vst1q_f64(p, a.v); }
-ALWAYS_INLINE double sum(D a) { return vgetq_lane_f64(a.v, 0) + vgetq_lane_f64(a.v, 1); }
+INLINE void set(F& a, float value) { a.v = vdupq_n_f32(value); }
+INLINE void set(D& a, double value) { a.v = vdupq_n_f64(value); }
+INLINE void get(F& a, const float* p) { a.v = vld1q_f32(p); }
+INLINE void get(D& a, const double* p) { a.v = vld1q_f64(p); }
+INLINE void get(D& a, const float* p) { a.v = vcvt_f64_f32(vld1_f32(p)); }
+INLINE void put(float* p, F a) { vst1q_f32(p, a.v); }
+INLINE void put(double* p, D a) { vst1q_f64(p, a.v); }
+INLINE double sum(D a) { return vgetq_lane_f64(a.v, 0) + vgetq_lane_f64(a.v, 1); }
 
 #else  // any other machine: one lane at a time, for the compiler to vectorise as it can
 
 struct F { static constexpr int lanes = 1; float v; };
 struct D { static constexpr int lanes = 1; double v; };
 
-ALWAYS_INLINE F operator+(F a, F b) { return {a.v + b.v}; }
-ALWAYS_INLINE F operator-(F a, F b) { return {a.v - b.v}; }
-ALWAYS_INLINE F operator*(F a, F b) { return {a.v * b.v}; }
-ALWAYS_INLINE D operator+(D a, D b) { return {a.v + b.v}; }
-ALWAYS_INLINE D operator-(D a, D b) { return {a.v - b.v}; }
-ALWAYS_INLINE D operator*(D a, D b) { return {a.v * b.v}; }
-ALWAYS_INLINE D operator/(D a, D b) { return {a.v / b.v}; }
-ALWAYS_INLINE D root(D a) { return {std::sqrt(a.v)}; }
-ALWAYS_INLINE D multiply_add(D a, D b, D c) { return {a.v * b.v + c.v}; }
-ALWAYS_INLINE D choose_less(D a, D b, D yes, D no) { return a.v < b.v ? yes : no; }
-ALWAYS_INLINE void set(F& a, float value) { a.v = value; }
-ALWAYS_INLINE void set(D& a, double value) { a.v = value; }
-ALWAYS_INLINE void get(F& a, const float* p) { a.v = *p; }
-ALWAYS_INLINE void get(D& a, const double* p) { a.v = *p; }
-ALWAYS_INLINE void get(D& a, const float* p) { a.v = *p; }
-ALWAYS_INLINE void put(float* p, F a) { *p = a.v; }
-ALWAYS_INLINE void put(double* p, D a) { *p = a.v; }
-ALWAYS_INLINE double sum(D a) { return a.v; }
+INLINE F operator+(F a, F b) { return {a.v + b.v}; }
+INLINE F operator-(F a, F b) { return {a.v - b.v}; }
+INLINE F operator*(F a, F b) { return {a.v * b.v}; }
+INLINE D operator+(D a, D b) { return {a.v + b.v}; }
+INLINE D operator-(D a, D b) { return {a.v - b.v}; }
+INLINE D operator*(D a, D b) { return {a.v * b.v}; }
+INLINE D operator/(D a, D b) { return {a.v / b.v}; }
+INLINE D root(D a) { return {std::sqrt(a.v)}; }
+INLINE D multiply_add(D a, D b, D c) { return {a.v * b.v + c.v}; }
+INLINE D choose_less(D a, D b, D yes, D no) { return a.v < b.v ? yes : no; }
+INLINE void set(F& a, float value) { a.v = value; }
+INLINE void set(D& a, double value) { a.v = value; }
+INLINE void get(F& a, const float* p) { a.v = *p; }
+INLINE void get(D& a, const double* p) { a.v = *p; }
+INLINE void get(D& a, const float* p) { a.v = *p; }
+INLINE void put(float* p, F a) { *p = a.v; }
+INLINE void put(double* p, D a) { *p = a.v; }
+INLINE double sum(D a) { return a.v; }
 
 #endif
 
 // Partial registers by way of memory, where the machine has no masks.
-template <class V, class T> ALWAYS_INLINE void get(V& a, const T* p, int n) {
+template <class V, class T> INLINE void get(V& a, const T* p, int n) {
     T buffer[V::lanes] = {};
     for (int i = 0; i < n; i++) buffer[i] = p[i];
     get(a, (const T*)buffer);
 }
-template <class V, class T> ALWAYS_INLINE void put(T* p, V a, int n) {
+template <class V, class T> INLINE void put(T* p, V a, int n) {
     T buffer[V::lanes];
     put(buffer, a);
     for (int i = 0; i < n; i++) p[i] = buffer[i];
@@ -365,26 +365,26 @@ template <class V, class T> ALWAYS_INLINE void put(T* p, V a, int n) {
 
 // 16-bit types one by one: parts of a register, and all of it where the machine has no conversion.
 template <class S> using Only16 = std::enable_if_t<sizeof(S) == 2>;
-template <class V, class S> ALWAYS_INLINE void get_each(V& a, const S* p, int n) {
+template <class V, class S> INLINE void get_each(V& a, const S* p, int n) {
     float buffer[V::lanes] = {};
     for (int i = 0; i < n; i++) buffer[i] = widened(p[i]);
     get(a, (const float*)buffer);
 }
-template <class S> ALWAYS_INLINE Only16<S> get(F& a, const S* p, int n) { get_each(a, p, n); }
-template <class S> ALWAYS_INLINE Only16<S> get(D& a, const S* p, int n) { get_each(a, p, n); }
-template <class S> ALWAYS_INLINE Only16<S> get(F& a, const S* p) { get_each(a, p, F::lanes); }
-template <class S> ALWAYS_INLINE Only16<S> get(D& a, const S* p) { get_each(a, p, D::lanes); }
-template <class S> ALWAYS_INLINE Only16<S> put(S* p, F a, int n) {
+template <class S> INLINE Only16<S> get(F& a, const S* p, int n) { get_each(a, p, n); }
+template <class S> INLINE Only16<S> get(D& a, const S* p, int n) { get_each(a, p, n); }
+template <class S> INLINE Only16<S> get(F& a, const S* p) { get_each(a, p, F::lanes); }
+template <class S> INLINE Only16<S> get(D& a, const S* p) { get_each(a, p, D::lanes); }
+template <class S> INLINE Only16<S> put(S* p, F a, int n) {
     float buffer[F::lanes];
     put(buffer, a);
     for (int i = 0; i < n; i++) narrow(p[i], buffer[i]);
 }
-template <class S> ALWAYS_INLINE Only16<S> put(S* p, F a) { put(p, a, F::lanes); }
+template <class S> INLINE Only16<S> put(S* p, F a) { put(p, a, F::lanes); }
 
 #if !defined(__AVX2__) && !defined(__AVX512F__)
 
 // The first n lanes of a, the others of b: by way of memory, where the machine has no masks.
-template <class V, class T> ALWAYS_INLINE V join_each(V a, V b, int n, T*) {
+template <class V, class T> INLINE V join_each(V a, V b, int n, T*) {
     T first[V::lanes], both[V::lanes];
     put(first, a);
     put(both, b);
@@ -392,14 +392,14 @@ template <class V, class T> ALWAYS_INLINE V join_each(V a, V b, int n, T*) {
     get(a, (const T*)both);
     return a;
 }
-ALWAYS_INLINE F join(F a, F b, int n) { return join_each(a, b, n, (float*)0); }
-ALWAYS_INLINE D join(D a, D b, int n) { return join_each(a, b, n, (double*)0); }
+INLINE F join(F a, F b, int n) { return join_each(a, b, n, (float*)0); }
+INLINE D join(D a, D b, int n) { return join_each(a, b, n, (double*)0); }
 
 #endif
 
 // Where the machine has no stores that pass the cache by.
-template <class T> ALWAYS_INLINE void put_past_cache(T* p, F a) { put(p, a); }
-template <class T> ALWAYS_INLINE void put_past_cache(T* p, D a) { put(p, a); }
+template <class T> INLINE void put_past_cache(T* p, F a) { put(p, a); }
+template <class T> INLINE void put_past_cache(T* p, D a) { put(p, a); }
 
 // A pack: native registers, doubled until 16 lanes are together.
 template <class H> struct Twice { static constexpr int lanes = 2 * H::lanes; H lo, hi; };
@@ -420,111 +420,109 @@ template <> struct PackOf<float> { using type = Doubled<F>::type; };
 template <> struct PackOf<double> { using type = Doubled<D>::type; };
 template <class T> using Pack = typename PackOf<Element<T>>::type;
 
-ALWAYS_INLINE int lower(int n, int half) { return n < half ? n : half; }
-ALWAYS_INLINE int upper(int n, int half) { return n < half ? 0 : n - half; }
+INLINE int lower(int n, int half) { return n < half ? n : half; }
+INLINE int upper(int n, int half) { return n < half ? 0 : n - half; }
 
-template <class H> ALWAYS_INLINE Twice<H> operator+(Twice<H> a, Twice<H> b) {
+template <class H> INLINE Twice<H> operator+(Twice<H> a, Twice<H> b) {
     return {a.lo + b.lo, a.hi + b.hi};
 }
-template <class H> ALWAYS_INLINE Twice<H> operator-(Twice<H> a, Twice<H> b) {
+template <class H> INLINE Twice<H> operator-(Twice<H> a, Twice<H> b) {
     return {a.lo - b.lo, a.hi - b.hi};
 }
-template <class H> ALWAYS_INLINE Twice<H> operator*(Twice<H> a, Twice<H> b) {
+template <class H> INLINE Twice<H> operator*(Twice<H> a, Twice<H> b) {
     return {a.lo * b.lo, a.hi * b.hi};
 }
-template <class H> ALWAYS_INLINE Twice<H> operator/(Twice<H> a, Twice<H> b) {
+template <class H> INLINE Twice<H> operator/(Twice<H> a, Twice<H> b) {
     return {a.lo / b.lo, a.hi / b.hi};
 }
-template <class H> ALWAYS_INLINE Twice<H> root(Twice<H> a) { return {root(a.lo), root(a.hi)}; }
-template <class H> ALWAYS_INLINE Twice<H> multiply_add(Twice<H> a, Twice<H> b, Twice<H> c) {
+template <class H> INLINE Twice<H> root(Twice<H> a) { return {root(a.lo), root(a.hi)}; }
+template <class H> INLINE Twice<H> multiply_add(Twice<H> a, Twice<H> b, Twice<H> c) {
     return {multiply_add(a.lo, b.lo, c.lo), multiply_add(a.hi, b.hi, c.hi)};
 }
-template <class H> ALWAYS_INLINE Twice<H> choose_less(Twice<H> a, Twice<H> b, Twice<H> yes, Twice<H> no) {
+template <class H> INLINE Twice<H> choose_less(Twice<H> a, Twice<H> b, Twice<H> yes, Twice<H> no) {
     return {choose_less(a.lo, b.lo, yes.lo, no.lo), choose_less(a.hi, b.hi, yes.hi, no.hi)};
 }
-template <class H, class T> ALWAYS_INLINE void set(Twice<H>& a, T value) {
+template <class H, class T> INLINE void set(Twice<H>& a, T value) {
     set(a.lo, value);
     set(a.hi, value);
 }
-template <class H, class T> ALWAYS_INLINE void get(Twice<H>& a, const T* p) {
+template <class H, class T> INLINE void get(Twice<H>& a, const T* p) {
     get(a.lo, p);
     get(a.hi, p + H::lanes);
 }
-template <class H, class T> ALWAYS_INLINE void get(Twice<H>& a, const T* p, int n) {
+template <class H, class T> INLINE void get(Twice<H>& a, const T* p, int n) {
     get(a.lo, p, lower(n, H::lanes));
     get(a.hi, p + H::lanes, upper(n, H::lanes));
 }
-template <class H, class T> ALWAYS_INLINE void put(T* p, Twice<H> a) {
+template <class H, class T> INLINE void put(T* p, Twice<H> a) {
     put(p, a.lo);
     put(p + H::lanes, a.hi);
 }
-template <class H, class T> ALWAYS_INLINE void put(T* p, Twice<H> a, int n) {
+template <class H, class T> INLINE void put(T* p, Twice<H> a, int n) {
     put(p, a.lo, lower(n, H::lanes));
     put(p + H::lanes, a.hi, upper(n, H::lanes));
 }
-template <class H, class T> ALWAYS_INLINE void put_past_cache(T* p, Twice<H> a) {
+template <class H, class T> INLINE void put_past_cache(T* p, Twice<H> a) {
     put_past_cache(p, a.lo);
     put_past_cache(p + H::lanes, a.hi);
 }
-template <class H> ALWAYS_INLINE Twice<H> join(Twice<H> a, Twice<H> b, int n) {
+template <class H> INLINE Twice<H> join(Twice<H> a, Twice<H> b, int n) {
     return {join(a.lo, b.lo, lower(n, H::lanes)), join(a.hi, b.hi, upper(n, H::lanes))};
 }
-template <class H> ALWAYS_INLINE double sum(Twice<H> a) { return sum(a.lo + a.hi); }
+template <class H> INLINE double sum(Twice<H> a) { return sum(a.lo + a.hi); }
 
 // What the kernels call. `lanes` counts the lanes that exist: the others read as zero and are
 // never written. load_wide reads any type as doubles.
-template <class T> ALWAYS_INLINE Pack<T> fill(T value) { Pack<T> a; set(a, value); return a; }
-template <class T> ALWAYS_INLINE Pack<T> load(const T* p, int lanes) {
+template <class T> INLINE Pack<T> fill(T value) { Pack<T> a; set(a, value); return a; }
+template <class T> INLINE Pack<T> load(const T* p, int lanes) {
     Pack<T> a;
     if (lanes == 16) get(a, p); else get(a, p, lanes);
     return a;
 }
-template <class T> ALWAYS_INLINE Pack<double> load_wide(const T* p, int lanes) {
+template <class T> INLINE Pack<double> load_wide(const T* p, int lanes) {
     Pack<double> a;
     if (lanes == 16) get(a, p); else get(a, p, lanes);
     return a;
 }
-template <class T> ALWAYS_INLINE void store(T* p, Pack<T> a, int lanes) {
+template <class T> INLINE void store(T* p, Pack<T> a, int lanes) {
     if (lanes == 16) put(p, a); else put(p, a, lanes);
 }
 // The first n lanes of a, the others of b.
-template <class P> ALWAYS_INLINE P combine(P a, P b, int n) { return join(a, b, n); }
-ALWAYS_INLINE Pack<double> keep_first(Pack<double> a, int lanes) {
+template <class P> INLINE P combine(P a, P b, int n) { return join(a, b, n); }
+INLINE Pack<double> keep_first(Pack<double> a, int lanes) {
     return join(a, fill(0.0), lanes);
 }
-ALWAYS_INLINE double sum_lanes(Pack<double> a) { return sum(a); }
-ALWAYS_INLINE Pack<double> square_root(Pack<double> a) { return root(a); }
+INLINE double sum_lanes(Pack<double> a) { return sum(a); }
+INLINE Pack<double> square_root(Pack<double> a) { return root(a); }
 
 // sum + a * b where the product is exact, as that of two floats is in double: then it makes no
 // difference whether the machine rounds it before it adds.
-ALWAYS_INLINE Pack<double> add_exact_product(Pack<double> sum, Pack<double> a, Pack<double> b) {
+INLINE Pack<double> add_exact_product(Pack<double> sum, Pack<double> a, Pack<double> b) {
     return multiply_add(a, b, sum);
 }
 // In each lane: a < b ? yes : no.
-ALWAYS_INLINE Pack<double> where_less(Pack<double> a, Pack<double> b, Pack<double> yes, Pack<double> no) {
-    return choose_less(a, b, yes, no);
-}
+template <class P> INLINE P where_less(P a, P b, P yes, P no) { return choose_less(a, b, yes, no); }
 
 // Whole packs past the cache. The address must be a multiple of `line<T>()` bytes, and a fence
 // must follow before another thread may look.
 template <class T> constexpr std::size_t line() { return 16 * sizeof(T); }
-template <class T> ALWAYS_INLINE void store_past_cache(T* p, Pack<T> a) { put_past_cache(p, a); }
-template <class T> ALWAYS_INLINE int lanes_to_line(const T* p) {
+template <class T> INLINE void store_past_cache(T* p, Pack<T> a) { put_past_cache(p, a); }
+template <class T> INLINE int lanes_to_line(const T* p) {
     return (int)((0 - (std::uintptr_t)p) % line<T>() / sizeof(T));
 }
-ALWAYS_INLINE void fence() {
+INLINE void fence() {
 #if defined(__SSE2__) || defined(_M_X64)
     _mm_sfence();
 #endif
 }
-template <class T> ALWAYS_INLINE void prefetch(const T* p) {
+template <class T> INLINE void prefetch(const T* p) {
 #if defined(__GNUC__)
     __builtin_prefetch((const void*)p, 0, 2);
 #else
     (void)p;
 #endif
 }
-template <class T> ALWAYS_INLINE void prefetch_to_write(T* p) {
+template <class T> INLINE void prefetch_to_write(T* p) {
 #if defined(__GNUC__)
     __builtin_prefetch((void*)p, 1);
 #else
@@ -532,17 +530,17 @@ template <class T> ALWAYS_INLINE void prefetch_to_write(T* p) {
 #endif
 }
 
-ALWAYS_INLINE double* align(double* p) {
+INLINE double* align(double* p) {
     return (double*)(((std::uintptr_t)p + 63) / 64 * 64);
 }
 
 // Arrays of coefficients, in the precision that a T is computed in. The first argument is not read.
 template <class T> constexpr std::size_t element_size(const T*) { return sizeof(Element<T>); }
-template <class T> ALWAYS_INLINE void put_value(const T*, void* values, std::ptrdiff_t i, double v) {
+template <class T> INLINE void put_value(const T*, void* values, std::ptrdiff_t i, double v) {
     ((Element<T>*)values)[i] = (Element<T>)v;
 }
 // Returns what is left of the values after rounding.
-template <class T> ALWAYS_INLINE Pack<double> put_values(
+template <class T> INLINE Pack<double> put_values(
     const T*, void* values, std::ptrdiff_t i, Pack<double> a, int lanes
 ) {
     double buffer[16];
@@ -552,17 +550,17 @@ template <class T> ALWAYS_INLINE Pack<double> put_values(
     store((Element<T>*)values + i, load((const Element<T>*)rounded, 16), lanes);
     return load_wide((const Element<T>*)rounded, 16);
 }
-template <class T> ALWAYS_INLINE double get_value(const T*, const void* values, std::ptrdiff_t i) {
+template <class T> INLINE double get_value(const T*, const void* values, std::ptrdiff_t i) {
     return ((const Element<T>*)values)[i];
 }
-template <class T> ALWAYS_INLINE Pack<T> fill_value(const T*, const void* values, std::ptrdiff_t i) {
+template <class T> INLINE Pack<T> fill_value(const T*, const void* values, std::ptrdiff_t i) {
     return fill(((const Element<T>*)values)[i]);
 }
-template <class T> ALWAYS_INLINE Pack<T> load_values(const T*, const void* values, std::ptrdiff_t i) {
+template <class T> INLINE Pack<T> load_values(const T*, const void* values, std::ptrdiff_t i) {
     return load<Element<T>>((const Element<T>*)values + i, 16);
 }
-template <class T> ALWAYS_INLINE const T* at(const T* p, std::ptrdiff_t i) { return p ? p + i : p; }
-template <class T> ALWAYS_INLINE double value_of(const T* p) {
+template <class T> INLINE const T* at(const T* p, std::ptrdiff_t i) { return p ? p + i : p; }
+template <class T> INLINE double value_of(const T* p) {
     if constexpr (sizeof(T) == 2) return widened(*p); else return *p;
 }
 

@@ -338,7 +338,7 @@ cdef tuple normalize(
     object x, object mean, object var, object gamma, object beta, object axis, object eps,
     object out, bint fixed,
 ):
-    """Do what batch_norm does, or with given mean and var (fixed) what batch_norm_inference does."""
+    """Do what batch_norm does, or where mean and var are given (fixed) batch_norm_inference."""
     cdef cnp.ndarray given = as_floats(x, "x"), result
     cdef Cache cache = Cache.__new__(Cache)
     cdef cnp.npy_intp shape[2]

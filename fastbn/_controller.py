@@ -1,0 +1,29 @@
+"""How threadpoolctl finds and sets the number of threads, where it is installed."""
+
+import threadpoolctl
+
+
+class FastbnController(threadpoolctl.LibController):  # type: ignore[misc]
+    """The pool of `_pool.hpp`, as threadpoolctl asks for it."""
+
+    user_api = "fastbn"
+    internal_api = "fastbn"
+    filename_prefixes = ("_pool",)
+    check_symbols = ("fastbn_get_num_threads", "fastbn_set_num_threads")
+
+    def get_num_threads(self) -> int:
+        return int(self.dynlib.fastbn_get_num_threads())
+
+    def set_num_threads(self, num_threads: int) -> None:
+        self.dynlib.fastbn_set_num_threads(num_threads)
+
+    def get_version(self) -> str:
+        from fastbn import __version__
+
+        return __version__
+
+    def set_additional_attributes(self) -> None:
+        pass
+
+
+threadpoolctl.register(FastbnController)
