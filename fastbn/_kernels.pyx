@@ -49,7 +49,6 @@ from fastbn._job cimport (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
-    FLOAT64,
     FORWARD,
     INFERENCE,
     Job,
@@ -149,6 +148,7 @@ cdef struct Work:
     double* sums           # two of each channel (or lane) and block
     double* k              # what the sums of a gradient are shifted by, a channel (or lane)
     bint shifted           # whether any of those is not 0
+    Py_ssize_t tile        # channels in a tile of runs
     void* table            # coefficients of each channel from `begin` on
     Py_ssize_t row         # from one row of it to the next
     # rows only
@@ -381,15 +381,19 @@ cdef inline Block block_of_runs(Job* job, Py_ssize_t b) noexcept nogil:
     return block
 
 
-cdef inline Py_ssize_t tile_channels(Job* job) noexcept nogil:
+cdef Py_ssize_t tile_channels(Work* w, Py_ssize_t itemsize) noexcept nogil:
     """Return how many channels are summed and written before the next.
 
     Each example adds a segment of memory to the tile. Long ones spare the hardware the search for
-    the next one; all of them together should stay in a cache.
+    the next one; all of them together should stay in a cache, and there should be tiles enough
+    for all threads.
     """
-    cdef Py_ssize_t size = 8 if job.type == FLOAT64 else 4 if job.type == FLOAT32 else 2
-    cdef Py_ssize_t segment = max(<Py_ssize_t>SEGMENT // 16, min(SEGMENT, TILE // job.outer))
-    return max(1, segment // size // job.inner)
+    cdef Py_ssize_t least = SEGMENT // 16, segment = min(SEGMENT, TILE // w.job.outer)
+    if w.threads > 1:
+        segment = min(
+            segment, parts(w.job.channels, 4 * w.threads) * w.job.inner * itemsize
+        )
+    return max(1, max(segment, least) // (w.job.inner * itemsize))
 
 
 cdef inline void add_run(
@@ -627,7 +631,7 @@ cdef void unit_of_runs(
     const real* x, const real* dy, real* out, Work* w, Py_ssize_t unit
 ) noexcept nogil:
     cdef Job* job = w.job
-    cdef Py_ssize_t size = tile_channels(job), stride = job.channels * job.inner
+    cdef Py_ssize_t size = w.tile, stride = job.channels * job.inner
     cdef Py_ssize_t tile, begin, end, row, first
     # What is written: a normalisation of x, or of dy, or a gradient.
     cdef const real* source = dy if job.operation == BACKWARD_FIXED else x
@@ -660,7 +664,9 @@ cdef void unit_of_runs(
 
 cdef void run_runs(const real* x, Work* w) noexcept nogil:
     cdef Job* job = w.job
-    cdef Py_ssize_t tiles = parts(job.channels, tile_channels(job))
+    cdef Py_ssize_t tiles
+    w.tile = tile_channels(w, sizeof(real))
+    tiles = parts(job.channels, w.tile)
     if job.operation == INFERENCE:
         affine_coefficients(x, w, 0, job.channels)
     elif w.threads == 1 or tiles >= 4 * w.threads:

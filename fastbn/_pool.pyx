@@ -28,7 +28,7 @@ cdef extern from *:
     void fastbn_set_num_threads(int n) noexcept nogil
 
 # Below this many bytes of arguments and results a second thread does not pay: docs/decisions.
-cdef double ENOUGH = 300e3
+cdef double ENOUGH = 2e6
 
 
 cdef int threads_for(double bytes) noexcept nogil:
