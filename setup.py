@@ -143,7 +143,9 @@ def extension(module: str, source: str, variant: Variant = VARIANTS[0]) -> Exten
         [f"fastbn/{source}.pyx"],
         language="c++",
         include_dirs=[numpy.get_include(), "fastbn"],
-        depends=["fastbn/_simd.hpp", "fastbn/_pool.hpp"],
+        depends=[
+            str(path) for pattern in ("*.hpp", "*.pxd") for path in Path("fastbn").glob(pattern)
+        ],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     )
     built.isa = variant.isa

@@ -1,5 +1,7 @@
 """Batch normalisation for NumPy on the CPU: fused, exact, the same bits everywhere."""
 
+from contextlib import suppress
+
 from fastbn import optim
 from fastbn._blocks import set_recycling
 from fastbn._dispatch import runtime_info
@@ -20,7 +22,5 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-try:
-    from fastbn import _controller  # noqa: F401  (threadpoolctl learns of our threads)
-except ImportError:  # threadpoolctl is not installed, or an old one
-    pass
+with suppress(ImportError):  # threadpoolctl is not installed, or an old one
+    from fastbn import _controller  # noqa: F401

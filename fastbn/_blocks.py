@@ -44,7 +44,9 @@ def empty_like(array: NDArray[Any]) -> NDArray[Any]:
     """Return an uninitialised array of the same shape, dtype and strides (which have no gaps)."""
     with _lock:
         # Not much too large, or a few small results would hold all the memory.
-        fitting = [i for i, m in enumerate(_free) if array.nbytes <= m.nbytes <= 1.25 * array.nbytes]
+        fitting = [
+            i for i, m in enumerate(_free) if array.nbytes <= m.nbytes <= 1.25 * array.nbytes
+        ]
         memory = _free.pop(fitting[-1]) if fitting else None
     if memory is None:
         memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)

@@ -12,18 +12,21 @@ class FastbnController(threadpoolctl.LibController):  # type: ignore[misc]
     check_symbols = ("fastbn_get_num_threads", "fastbn_set_num_threads")
 
     def get_num_threads(self) -> int:
+        """Return how many threads a call may use."""
         return int(self.dynlib.fastbn_get_num_threads())
 
     def set_num_threads(self, num_threads: int) -> None:
+        """Set how many threads a call may use."""
         self.dynlib.fastbn_set_num_threads(num_threads)
 
     def get_version(self) -> str:
+        """Return the version of fastbn."""
         from fastbn import __version__
 
         return __version__
 
     def set_additional_attributes(self) -> None:
-        pass
+        """There are none."""
 
 
 threadpoolctl.register(FastbnController)

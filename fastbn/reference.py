@@ -126,7 +126,11 @@ def _normalize(
 
 def _floats(x: ArrayLike) -> Array:
     x = np.array(x)
-    return x if x.dtype.kind == "f" else x.astype(np.float64)
+    return x if _is_float(x) else x.astype(np.float64)
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # of ml_dtypes
 
 
 def _other_axes(x: Array, axis: int) -> tuple[int, ...]:
@@ -152,9 +156,9 @@ def _rounded(result: Array, dtype: np.dtype[Any], out: Array | None) -> Array:
 
 
 def _like_parameter(gradient: Array, parameter: ArrayLike | None, x: Array) -> Array:
-    if parameter is None:
-        return gradient.reshape(-1).astype(x.dtype.newbyteorder("="))
-    like = np.asarray(parameter)
-    given = isinstance(parameter, np.ndarray) and like.dtype.kind == "f"
-    dtype = like.dtype if given else x.dtype
+    """Return the gradient in the parameter's shape and dtype, or in those it would have had."""
+    like = np.empty(gradient.size) if parameter is None else np.asarray(parameter)
+    dtype = like.dtype
+    if not (isinstance(parameter, np.ndarray) and _is_float(like)):
+        dtype = x.dtype if x.dtype.itemsize > 2 else np.dtype(np.float32)
     return gradient.reshape(like.shape).astype(dtype.newbyteorder("="))

@@ -195,7 +195,7 @@ def test_backward_needs_a_forward_and_a_dy_that_fits(rng):
         (np.ones((1, 3, 1, 1)), ValueError, "x: expected more than one value per channel"),
         (np.ones((6, 4)), ValueError, "x: expected 3 channels on axis 1, got shape (6, 4)"),
         (np.ones(3), ValueError, "x: expected 3 channels on axis 1, got shape (3,)"),
-        (np.ones((6, 3), complex), TypeError, "x: expected float32 or float64, got complex128"),
+        (np.ones((6, 3), complex), TypeError, "x: expected float16, bfloat16, float32 or float64"),
         (np.ma.ones((6, 3)), TypeError, "x: expected an array without a mask"),
     ],
 )
