@@ -1,5 +1,9 @@
 """What can be run on the project: `nox --list` tells, `nox -s NAME` runs one of them."""
 
+import os
+import shlex
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["tests", "lint"]
@@ -37,6 +41,19 @@ def lint(session):
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+
+
+@nox.session(venv_backend="none")
+def tsan(session):
+    """Run the pool of threads under ThreadSanitizer (g++ or clang++, or what CXX says)."""
+    program = str(Path(session.create_tmp(), "pool_stress").resolve())
+    session.run(
+        *shlex.split(os.environ.get("CXX", "g++")), "-fsanitize=thread", "-O1", "-g", "-std=c++17",
+        "-pthread", "-Wall", "-Werror", "-Ifastbn", "tests/pool_stress.cpp", "-o", program,
+        external=True,
+    )  # fmt: skip
+    # "unexpected memory mapping": the sanitizer wants fewer random addresses; `setarch -R nox ...`
+    session.run(program, external=True)
 
 
 @nox.session

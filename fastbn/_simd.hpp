@@ -108,9 +108,13 @@ INLINE void get(F& a, const Half* p) {
 INLINE void get(D& a, const Half* p) {
     a.v = _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 }
+// Each 16-bit value into the upper half of a 32-bit one.
+alignas(64) const std::int16_t UPPER[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                            0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
 INLINE void get(F& a, const Bfloat* p) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    a.v = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+    __m512i wide = _mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, _mm512_load_si512(UPPER), b);
+    a.v = _mm512_castsi512_ps(wide);
 }
 INLINE void get(D& a, const Bfloat* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -119,14 +123,17 @@ INLINE void get(D& a, const Bfloat* p) {
 INLINE void put(Half* p, F a) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+alignas(64) const std::int16_t FROM_UPPER[32] = {1,  3,  5,  7,  9,  11, 13, 15,
+                                                 17, 19, 21, 23, 25, 27, 29, 31};
 INLINE __m256i bfloats(F a) {
-    __m512i bits = _mm512_castps_si512(a.v), upper = _mm512_srli_epi32(bits, 16);
-    __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-    __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
-    __m512i nan = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-    __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(nearest, is_nan, nan));
+    __m512i bits = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
+    __m512i nearest = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    nearest = _mm512_mask_add_epi32(nearest, odd, nearest, one);
+    __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    nearest = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_si256(
+        _mm512_permutexvar_epi16(_mm512_load_si512(FROM_UPPER), nearest));
 }
 INLINE void put(Bfloat* p, F a) { _mm256_storeu_si256((__m256i*)p, bfloats(a)); }
 INLINE void put_past_cache(float* p, F a) { _mm512_stream_ps(p, a.v); }

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from support import KERNELS
+from support import BFLOAT16, KERNELS
 
+import fastbn
 from fastbn import _dispatch, functional
 
 
@@ -18,3 +19,22 @@ def variant(request):
     functional.use_kernels(KERNELS[request.param])
     yield request.param
     functional.use_kernels(_dispatch.kernels)
+
+
+@pytest.fixture(params=[1, 2, 3, 7])
+def threads(request):
+    """Run the test with several numbers of threads."""
+    before = fastbn.get_num_threads()
+    fastbn.set_num_threads(request.param)
+    yield request.param
+    fastbn.set_num_threads(before)
+
+
+@pytest.fixture(params=["float16", "bfloat16"])
+def short(request):
+    """Run the test with each 16-bit type."""
+    if request.param == "float16":
+        return np.dtype(np.float16)
+    if BFLOAT16 is None:
+        pytest.skip("bfloat16 needs ml_dtypes, which is not installed")
+    return BFLOAT16

@@ -1,12 +1,29 @@
-"""What the tests share: the tolerance, an exact computation, the kernel variants."""
+"""What the tests share: the tolerance, an exact computation, the kernel variants, subprocesses."""
 
+import os
+import re
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 
 from fastbn._dispatch import available_isas
 
+try:
+    import ml_dtypes
+except ImportError:
+    ml_dtypes = None
+
 KERNELS = {isa: import_module(f"fastbn._kernels_{isa}") for isa in available_isas()}
+
+BFLOAT16 = ml_dtypes and np.dtype(ml_dtypes.bfloat16)
+
+# Above so many bytes of x and result several threads are used; tests of those follow a change.
+ENOUGH = float(
+    re.search(r"ENOUGH = (\S+)", (Path(__file__).parent.parent / "fastbn/_pool.pyx").read_text())[1]
+)
 
 # mean / std of the minibatches for which the numerical promises are made
 MEANS_AND_STDS = [
@@ -14,14 +31,36 @@ MEANS_AND_STDS = [
 ]  # fmt: skip
 
 
-def tolerance(dtype):
-    """Return the largest error allowed, relative to the largest value of the result.
+def python(code, timeout=60, **environment):
+    """Run code in an interpreter of its own; a variable that is None is unset; a hang fails."""
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], timeout=timeout, capture_output=True, text=True, check=False,
+        env={name: value for name, value in environment.items() if value is not None},
+    )  # fmt: skip
 
-    float32: 2 eps is what we promise; statistics in float64 and three roundings of the elements
-    stay below it. float64: the statistics are no wider than the elements, so sums of some
-    thousand values and the reference's own rounding come on top; 64 eps covers both.
+
+def finfo(dtype):
+    return (ml_dtypes or np).finfo(dtype)
+
+
+def tolerance(dtype, exact, scale):
+    """Return the largest error allowed, where the largest value of the result is scale.
+
+    float32: 2 eps of that is what we promise; statistics in float64 and three roundings of the
+    elements stay below it. float64: the statistics are no wider than the elements, so sums of some
+    thousand values and the reference's own rounding come on top; 64 eps covers both. 16-bit types:
+    computed as float32, so as exact as that, and then rounded once, to the nearest: half the
+    distance from one number of that type to the next, where the result itself lies.
     """
-    return {np.float32: 2, np.float64: 64}[np.dtype(dtype).type] * np.finfo(dtype).eps
+    info = finfo(dtype)
+    if info.bits == 64:
+        return 64 * info.eps * scale
+    error = 2 * np.finfo(np.float32).eps * scale
+    if info.bits == 16:
+        _, exponent = np.frexp(exact)
+        error = error + np.ldexp(float(info.eps), np.maximum(exponent, info.minexp + 1) - 2)
+    return error
 
 
 def assert_close(actual, exact, dtype=None, scale=None):
@@ -31,8 +70,12 @@ def assert_close(actual, exact, dtype=None, scale=None):
     if exact.size == 0:
         return
     scale = np.abs(exact).max() if scale is None else scale
-    allowed = tolerance(dtype or actual.dtype) * scale
-    np.testing.assert_allclose(actual, exact, rtol=0, atol=allowed)
+    allowed = tolerance(dtype or actual.dtype, exact, scale)
+    if np.ndim(allowed):  # assert_allclose knows only one for all
+        assert np.isfinite(exact).all()
+        assert (np.abs(actual - exact) <= allowed).all()
+    else:
+        np.testing.assert_allclose(actual, exact, rtol=0, atol=allowed)
 
 
 def exact_batch_norm(x, gamma, beta, dy, axis, eps=1e-5):

@@ -11,47 +11,62 @@ import fastbn
 PACKAGE = Path(__file__).parent.parent / "fastbn"
 
 ALLOWED = {
-    "__init__": {"optim", "_dispatch", "functional", "layer"},
+    "__init__": {"optim", "_blocks", "_controller", "_dispatch", "_pool", "functional", "layer"},
     "__main__": {"cli"},
     "layer": {"functional", "_hooks"},
     "optim": {"_hooks", "_updates"},
-    "functional": {"_plan", "_dispatch"},
-    "_dispatch": {"_cpu", ""},  # "" is fastbn itself, asked for its version inside a function
+    "functional": {"_blocks", "_dispatch", "_job", "_plan"},
+    "_dispatch": {"_cpu", "_pool", ""},  # "" is fastbn itself, asked for its version in a function
+    "_controller": {""},  # likewise
+    "_kernels": {"_cpu", "_job", "_pool"},
     "cli": {"", "demo"},
     "demo": {"", "demo", "layer", "optim"},
 }
 
+CYTHON = re.compile(
+    r"^[ ]*from[ ]+(?P<module>[\w.]+)[ ]+c?import[ ]+(?P<names>\([^)]*\)|[^\n]+)"
+    r"|^[ ]*c?import[ ]+(?P<modules>[\w., ]+)",
+    re.MULTILINE,
+)
+
 
 def imports_of(path):
     """Return the modules of fastbn that a source imports; "" stands for fastbn itself."""
-    found = set()
-    if path.suffix == ".pyx":
-        lines = re.findall(r"^\s*(?:from|import) (fastbn[\w.]*)", path.read_text(), re.MULTILINE)
-        names = lines
+    found = []  # modules, and what is taken from which module
+    if path.suffix in (".pyx", ".pxd"):
+        for match in CYTHON.finditer(path.read_text()):
+            if match["module"]:
+                found += [(match["module"], name) for name in re.findall(r"\w+", match["names"])]
+            else:
+                found += [(name.split()[0], None) for name in match["modules"].split(",")]
     else:
-        names = []
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                names += [alias.name for alias in node.names]
+                found += [(alias.name, None) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: relative import"
-                names.append(node.module)
-                if node.module == "fastbn":
-                    names.remove("fastbn")
-                    names += [
-                        f"fastbn.{a.name}" if is_module(a.name) else "fastbn" for a in node.names
-                    ]
-    for name in names:
-        if name.split(".")[0] == "fastbn":
-            found.add(name.partition(".")[2].partition(".")[0])
-    return found
+                found += [(node.module, alias.name) for alias in node.names]
+    return {
+        name if module == "fastbn" and is_module(name) else module.partition(".")[2].split(".")[0]
+        for module, name in found
+        if module.split(".")[0] == "fastbn"
+    }
 
 
 def is_module(name):
-    return any((PACKAGE / f"{name}{suffix}").exists() for suffix in (".py", ".pyx", ""))
+    return any((PACKAGE / f"{name}{suffix}").exists() for suffix in (".py", ".pyx", ".pxd", ""))
 
 
-SOURCES = sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".pyx"))
+SOURCES = sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".pyx", ".pxd"))
+
+
+def test_imports_of_cython_are_read(tmp_path):
+    source = tmp_path / "a.pyx"
+    source.write_text(
+        "from fastbn import _blocks, functional\nfrom fastbn._job cimport (\n    A,\n)\n"
+        "from fastbn._pool cimport run_units\ncimport fastbn._cpu\nimport fastbn\nimport os\n"
+    )
+    assert imports_of(source) == {"_blocks", "functional", "_job", "_pool", "_cpu", ""}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -1,25 +1,16 @@
-import os
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import python
 
 import fastbn
 from fastbn._cpu import cpu_features
 from fastbn._dispatch import NEEDED, available_isas
 
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-
-
-def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -45,15 +36,11 @@ def test_a_variant_that_does_not_run_here_is_an_import_error():
 
 
 def test_the_fastest_variant_is_the_default():
-    environment = {k: v for k, v in os.environ.items() if k != "FASTBN_ISA"}
     code = "import fastbn; print(fastbn.runtime_info()['isa'])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == available_isas()[-1]
+    assert python(code, FASTBN_ISA=None).stdout.strip() == available_isas()[-1]
 
 
-def test_runtime_info_tells_what_runs():
+def test_runtime_info_tells_what_runs(threads):
     info = fastbn.runtime_info()
     assert info["fastbn"] == fastbn.__version__
     assert info["numpy"] == np.__version__
@@ -61,7 +48,7 @@ def test_runtime_info_tells_what_runs():
     assert info["isa"] in info["available_isas"]
     assert info["available_isas"][0] == "baseline"
     assert ("avx2" in info["available_isas"]) == ("avx2" in info["cpu_features"])
-    assert info["threads"] == 1
+    assert info["threads"] == threads
 
 
 @pytest.mark.skipif("flags" not in CPUINFO, reason="no x86 flags in /proc/cpuinfo")
