@@ -22,5 +22,5 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-with suppress(ImportError):  # threadpoolctl is not installed, or an old one
+with suppress(ImportError, AttributeError):  # threadpoolctl is not installed, or too old
     from fastbn import _controller  # noqa: F401

@@ -5,7 +5,7 @@ when it is first written: more than normalising it. So a large result lies in a 
 of the array; when the last array or view on it dies, the memory waits here for the next result.
 """
 
-from threading import RLock
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
-_lock = RLock()  # a block may die, and come back, while this very thread holds it
-_free: list[NDArray[np.uint8]] = []  # the one that came back last is last
+# By identity, the one that came back last is last. A block may die anywhere, also inside these
+# functions, so there is no lock to be held: each step is one operation of the dictionary, which is
+# atomic, and what it finds may be gone the next moment.
+_free: dict[int, NDArray[np.uint8]] = {}
 _limit = 1 << 30
 
 
@@ -26,32 +28,35 @@ class _Block:
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self) -> None:
-        _keep(self.memory)
-
-
-def _keep(memory: NDArray[np.uint8]) -> None:
-    with _lock:
-        _free.append(memory)
+        _free[id(self.memory)] = self.memory
         _shrink()
 
 
 def _shrink() -> None:
-    while _free and sum(memory.nbytes for memory in _free) > _limit:
-        del _free[0]
+    for identity in list(_free):
+        if kept_bytes() <= _limit:
+            break
+        _free.pop(identity, None)
+
+
+def kept_bytes() -> int:
+    """Return how much memory waits to be used again."""
+    return sum(memory.nbytes for memory in list(_free.values()))
+
+
+def _take(size: int) -> NDArray[np.uint8]:
+    for identity, memory in reversed(list(_free.items())):
+        # Not much too large, or a few small results would hold all the memory.
+        if size <= memory.nbytes <= 1.25 * size and _free.pop(identity, None) is not None:
+            return memory
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    address: int = memory.__array_interface__["data"][0]
+    return memory[-address % ALIGNMENT :][:size]
 
 
 def empty_like(array: NDArray[Any]) -> NDArray[Any]:
     """Return an uninitialised array of the same shape, dtype and strides (which have no gaps)."""
-    with _lock:
-        # Not much too large, or a few small results would hold all the memory.
-        fitting = [
-            i for i, m in enumerate(_free) if array.nbytes <= m.nbytes <= 1.25 * array.nbytes
-        ]
-        memory = _free.pop(fitting[-1]) if fitting else None
-    if memory is None:
-        memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-        memory = memory[-memory.ctypes.data % ALIGNMENT :][: array.nbytes]
-    buffer = np.asarray(_Block(memory))
+    buffer = np.asarray(_Block(_take(array.nbytes)))
     return np.ndarray(array.shape, array.dtype, buffer, strides=array.strides)
 
 
@@ -85,17 +90,12 @@ def set_recycling(max_bytes: int) -> int:
     0
     """
     global _limit
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-        raise TypeError(f"max_bytes: expected an integer, got {type(max_bytes).__name__}")
+    try:
+        max_bytes = index(max_bytes)
+    except TypeError:
+        raise TypeError(f"max_bytes: expected an integer, got {type(max_bytes).__name__}") from None
     if max_bytes < 0:
         raise ValueError(f"max_bytes: expected an integer >= 0, got {max_bytes}")
-    with _lock:
-        before, _limit = _limit, max_bytes
-        _shrink()
+    before, _limit = _limit, max_bytes
+    _shrink()
     return before
-
-
-def kept_bytes() -> int:
-    """Return how much memory waits to be used again."""
-    with _lock:
-        return sum(memory.nbytes for memory in _free)

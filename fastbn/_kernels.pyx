@@ -364,19 +364,24 @@ cdef struct Block:
     Py_ssize_t length
 
 
+cdef inline Py_ssize_t pieces_of_run(Job* job) noexcept nogil:
+    return parts(job.inner, BLOCK)
+
+
+cdef inline Py_ssize_t rows_of_block(Job* job) noexcept nogil:
+    return max(1, BLOCK // job.inner)
+
+
 cdef inline Py_ssize_t blocks_of_runs(Job* job) noexcept nogil:
-    if job.inner > BLOCK:
-        return job.outer * ((job.inner + BLOCK - 1) // BLOCK)
-    return (job.outer + BLOCK // job.inner - 1) // (BLOCK // job.inner)
+    return parts(job.outer, rows_of_block(job)) * pieces_of_run(job)
 
 
 cdef inline Block block_of_runs(Job* job, Py_ssize_t b) noexcept nogil:
     """Return where block b lies: some whole runs, or a piece of one."""
-    cdef Py_ssize_t pieces = (job.inner + BLOCK - 1) // BLOCK, rows = max(1, BLOCK // job.inner)
     cdef Block block
-    block.first_row = b // pieces * rows
-    block.end_row = min(block.first_row + rows, job.outer)
-    block.first = b % pieces * BLOCK
+    block.first_row = b // pieces_of_run(job) * rows_of_block(job)
+    block.end_row = min(block.first_row + rows_of_block(job), job.outer)
+    block.first = b % pieces_of_run(job) * BLOCK
     block.length = min(job.inner - block.first, <Py_ssize_t>BLOCK)
     return block
 
@@ -1035,6 +1040,8 @@ cdef int run_typed(const real* x, Job* job) noexcept nogil:
     table *= TABLE
     if w.rows:
         choose_rows(&w, 0)
+        if w.width == w.end - w.begin:  # a lane is a channel: the table of lanes is enough
+            table = 0
         shifts += w.padded
         lanes = TABLE * w.wrapped + LANES
     else:

@@ -6,7 +6,7 @@
 //
 // A caller that finds the pool busy (with another thread's job, or with its own) does all units
 // itself. Workers that find nothing yield for a moment, so that a loop of calls need not wake them
-// each time, then sleep. They block all signals, so Ctrl-C reaches Python's main thread. After a
+// each time, then sleep. They block signals, so Ctrl-C reaches Python's main thread. After a
 // fork the child begins with a new pool, for the old one's threads do not exist there.
 
 #pragma once
@@ -17,7 +17,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #if !defined(_WIN32)
@@ -37,19 +36,20 @@ class Pool {
             for (std::ptrdiff_t unit = 0; unit < units; unit++) task(job, unit);
             return;
         }
-        while (workers_ < threads - 1 && start_worker()) {}
+        int helpers = (int)(units < threads ? units : threads) - 1;
+        while (workers_ < helpers && start_worker()) {}
         task_ = task;
         job_ = job;
         units_ = (std::uint32_t)units;
         done_.store(0, std::memory_order_relaxed);
-        helpers_.store(threads - 1, std::memory_order_relaxed);
+        helpers_.store(helpers);
         // The generation tells this job's units from those of a job that a late worker remembers.
         ticket_.store(++generation_ << 32 | units_);
         if (sleepers_.load() > 0) {
             { std::lock_guard<std::mutex> lock(mutex_); }
             wake_.notify_all();
         }
-        take_units();
+        take_units(-1);
         while (done_.load(std::memory_order_acquire) < units_) std::this_thread::yield();
         busy_.store(false, std::memory_order_release);
     }
@@ -58,10 +58,11 @@ class Pool {
     // How long an idle worker yields before it sleeps; see docs/decisions.
     static constexpr std::chrono::microseconds PATIENCE{100};
 
-    bool take_units() {
+    bool take_units(int id) {
         bool took = false;
         std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
         while (std::uint32_t left = (std::uint32_t)ticket) {
+            if (id >= helpers_.load()) break;  // the next job may want fewer
             if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
                                                std::memory_order_acquire))
                 continue;
@@ -79,7 +80,7 @@ class Pool {
     void work(int id) {
         using clock = std::chrono::steady_clock;
         for (clock::time_point idle = clock::now();;) {
-            if (wanted(id) && take_units()) {
+            if (wanted(id) && take_units(id)) {
                 idle = clock::now();
             } else if (clock::now() - idle < PATIENCE) {
                 std::this_thread::yield();
@@ -96,13 +97,14 @@ class Pool {
 #if !defined(_WIN32)
         sigset_t all, before;
         sigfillset(&all);
+        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&all, fault);
         pthread_sigmask(SIG_SETMASK, &all, &before);
 #endif
         bool started = true;
         try {
             std::thread(&Pool::work, this, workers_).detach();
             workers_++;
-        } catch (const std::system_error&) {
+        } catch (...) {
             started = false;  // no more threads to be had: go on with those there are
         }
 #if !defined(_WIN32)

@@ -22,10 +22,14 @@ cdef extern from *:
     static std::atomic<int> fastbn_threads{1};
     // For threadpoolctl, which finds the library by these names.
     FASTBN_EXPORT int fastbn_get_num_threads() { return fastbn_threads.load(); }
-    FASTBN_EXPORT void fastbn_set_num_threads(int n) { fastbn_threads.store(n < 1 ? 1 : n); }
+    FASTBN_EXPORT void fastbn_set_num_threads(int n) {
+        fastbn_threads.store(n < 1 ? 1 : n > 1024 ? 1024 : n);
+    }
     """
     int fastbn_get_num_threads() noexcept nogil
     void fastbn_set_num_threads(int n) noexcept nogil
+
+MOST = 1024
 
 # Below this many bytes of arguments and results a second thread does not pay: docs/decisions.
 cdef double ENOUGH = 2e6
@@ -81,11 +85,11 @@ def cpus_of_control_group(root="/sys/fs/cgroup", membership="/proc/self/cgroup")
     """Return how many CPUs the control groups of this process grant it, or None: no limit."""
     quotas = []
     try:
-        lines = Path(membership).read_text().splitlines()
+        lines = os.fsdecode(Path(membership).read_bytes()).splitlines()
     except OSError:
         return None
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (line.split(":", 2) + ["none", ""])[:3]
         if controllers == "":  # version 2: "max 100000" or "150000 100000"
             base, read = Path(root), read_cpu_max
         elif "cpu" in controllers.split(","):
@@ -135,5 +139,5 @@ def default_num_threads():
     return max(1, min(cpus, MOST if granted is None else ceil(granted), MOST))
 
 
-MOST = 1024
 fastbn_set_num_threads(default_num_threads())
+the_pool()  # here, where no other thread can fork meanwhile

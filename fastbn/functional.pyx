@@ -317,7 +317,7 @@ cdef cnp.ndarray gradient(double* values, cnp.ndarray like, Cache cache):
     cdef cnp.npy_intp size = cache.channels
     cdef cnp.ndarray array
     cdef Py_ssize_t c
-    if like is None:
+    if like is None or cnp.PyArray_SIZE(like) != size:  # None, or resized since
         array = cnp.PyArray_EMPTY(
             1, &size, cnp.NPY_FLOAT64 if cache.type == FLOAT64 else cnp.NPY_FLOAT32, 0
         )
@@ -336,12 +336,12 @@ cdef cnp.ndarray gradient(double* values, cnp.ndarray like, Cache cache):
 # ----------------------------------------------------------------------------------------- calls
 
 
-cdef bint call_kernel(Cache cache, Job* job, cnp.ndarray result) except -1:
+cdef bint call_kernel(Cache cache, cnp.ndarray x, Job* job, cnp.ndarray result) except -1:
     """Fill in what every operation needs, and run it."""
     cdef int failed
     job.type = cache.type
     job.outer, job.channels, job.inner = cache.outer, cache.channels, cache.inner
-    job.x = cnp.PyArray_DATA(cache.x)
+    job.x = cnp.PyArray_DATA(x)
     job.out = cnp.PyArray_DATA(result)
     job.gamma = cache.row(GAMMA)
     job.eps = cache.eps
@@ -407,7 +407,7 @@ cdef tuple normalize(
         job.operation = INFERENCE if fixed else FORWARD
         job.dy = NULL
         job.beta = shift
-        call_kernel(cache, &job, result)
+        call_kernel(cache, cache.x, &job, result)
     if out is not None and may_share(out, cache.x):
         cache.x = None
     return deliver(result, out), cache
@@ -453,8 +453,8 @@ def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
     Notes
     -----
     In float32 errors are at most 2 eps of the largest value of the result. The bits are the same
-    on every CPU. With M = 1, y is beta. A NaN or an infinity makes its own channel NaN, mean and
-    var included, and no other.
+    on every CPU. With M = 1, y is beta. A NaN or an infinity makes its own channel NaN, and no
+    other; mean or var is then not finite.
 
     References
     ----------
@@ -567,7 +567,7 @@ def batch_norm_backward(dy, cache, *, out=None):
     array([3.])
     """
     cdef Cache c
-    cdef cnp.ndarray given, memory, result
+    cdef cnp.ndarray given, x, memory, result
     cdef double* sums
     cdef Job job
     if type(cache) is not Cache:
@@ -575,25 +575,26 @@ def batch_norm_backward(dy, cache, *, out=None):
             f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
         )
     c = cache
-    if c.x is None:
+    given = as_floats(dy, "dy")
+    x = c.x  # ours: another call on this cache may take it away
+    if x is None:
         raise ValueError(
             "cache: x is needed for the gradients, but out= has overwritten it; "
             "give another array as out"
         )
-    given = as_floats(dy, "dy")
     if not isinstance(dy, np.ndarray):
-        given = given.astype(c.x.dtype)
-    if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(c.x):
-        raise TypeError(f"dy: expected dtype {c.x.dtype}, as x has, got {given.dtype}")
-    if not cnp.PyArray_SAMESHAPE(given, c.x):
-        raise ValueError(f"dy: expected shape {np.shape(c.x)}, as x has, got {np.shape(given)}")
+        given = given.astype(x.dtype)
+    if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x):
+        raise TypeError(f"dy: expected dtype {x.dtype}, as x has, got {given.dtype}")
+    if not cnp.PyArray_SAMESHAPE(given, x):
+        raise ValueError(f"dy: expected shape {np.shape(x)}, as x has, got {np.shape(given)}")
     if out is not None:
-        check_out(out, c.x, "x")
+        check_out(out, x, "x")
     memory = given
-    if not is_ready(given) or not same_memory_order(given, c.x):
-        memory = np.empty_like(c.x)
+    if not is_ready(given) or not same_memory_order(given, x):
+        memory = np.empty_like(x)
         np.copyto(memory, given)
-    result = target(out, c.x, memory)
+    result = target(out, x, memory)
     sums = <double*>malloc((2 * c.channels + 1) * sizeof(double))
     if sums == NULL:
         raise MemoryError(f"fastbn: no memory for the gradients of {c.channels} channels")
@@ -603,7 +604,7 @@ def batch_norm_backward(dy, cache, *, out=None):
         job.beta = NULL
         job.dgamma, job.dbeta = sums, sums + c.channels
         if cnp.PyArray_SIZE(memory):
-            call_kernel(c, &job, result)
+            call_kernel(c, x, &job, result)
         else:
             for i in range(2 * c.channels):
                 sums[i] = 0
@@ -611,7 +612,7 @@ def batch_norm_backward(dy, cache, *, out=None):
         dbeta = gradient(job.dbeta, c.beta_like, c)
     finally:
         free(sums)
-    if out is not None and may_share(out, c.x):
+    if out is not None and may_share(out, x):
         c.x = None
     return deliver(result, out), dgamma, dbeta
 

@@ -19,6 +19,8 @@ except ImportError:
 KERNELS = {isa: import_module(f"fastbn._kernels_{isa}") for isa in available_isas()}
 
 BFLOAT16 = ml_dtypes and np.dtype(ml_dtypes.bfloat16)
+DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)]
+DTYPES += [BFLOAT16] if ml_dtypes else []
 
 # Above so many bytes of x and result several threads are used; tests of those follow a change.
 ENOUGH = float(

@@ -185,7 +185,6 @@ def test_the_limit_is_kept_and_the_oldest_goes_first():
         (1e9, TypeError, "max_bytes: expected an integer, got float"),
         ("1", TypeError, "max_bytes: expected an integer, got str"),
         (None, TypeError, "max_bytes: expected an integer, got NoneType"),
-        (True, TypeError, "max_bytes: expected an integer, got bool"),
     ],
     ids=repr,
 )  # fmt: skip
@@ -230,11 +229,11 @@ def test_memory_comes_back_from_arrays_in_cycles_whenever_they_are_collected():
     fastbn.set_recycling(2 * SIZE)
     try:
         gc.set_threshold(1, 1, 1)
-        for round in range(24):
+        for i in range(24):
             # 36, 38 and 40 MB: a block is often near enough to serve, and often a little too small.
-            x = np.zeros((2, 3, 1_500_000 + 90_000 * (round % 3)), np.float32)
-            cycle = [large(round, x)]
-            assert cycle[0][0, 0, -1] == round
+            x = np.zeros((2, 3, 1_500_000 + 90_000 * (i % 3)), np.float32)
+            cycle = [large(i, x)]
+            assert cycle[0][0, 0, -1] == i
             cycle.append(cycle)
             del cycle
     finally:
@@ -259,7 +258,7 @@ def test_a_block_may_come_back_at_any_line_of_the_taking_of_another():
                 return None
             if event == "line" and next(lines) == chosen:
                 dying.clear()
-            return trace  # noqa: B023
+            return trace
 
         sys.settrace(trace)
         try:
@@ -308,27 +307,24 @@ def test_exit_with_recycled_memory_is_silent(code):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_fork_while_a_thread_takes_a_block_leaves_the_child_able_to():
-    # The child has the lock as it was, but not the thread that would release it.
     result = python("""
 import os, signal, threading, warnings
 import numpy as np, fastbn
-from fastbn import _blocks
 warnings.simplefilter("ignore", DeprecationWarning)
 x = np.zeros((2, 3, 1_500_000), np.float32)
-locked, done = threading.Event(), threading.Event()
-def hold():
-    with _blocks._lock:
-        locked.set()
-        done.wait()
-thread = threading.Thread(target=hold)
+stop = threading.Event()
+def take():
+    while not stop.is_set():
+        fastbn.batch_norm(x)
+thread = threading.Thread(target=take)
 thread.start()
-locked.wait()
-child = os.fork()
-if not child:
-    signal.alarm(5)
-    fastbn.batch_norm(x)
-    os._exit(0)
-done.set()
-assert os.waitpid(child, 0)[1] == 0, "the child hung"
+for _ in range(5):
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        fastbn.batch_norm(x)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "the child hung"
+stop.set()
 """)
     assert (result.returncode, result.stderr) == (0, "")

@@ -414,3 +414,25 @@ def test_bad_gradients_are_named_and_nothing_is_written(dy, arguments, error, me
     with pytest.raises(error, match=re.escape(message)):
         fastbn.batch_norm_backward(dy, **arguments)
     np.testing.assert_array_equal(target, 7)
+
+
+def test_a_gamma_resized_after_forward_costs_no_memory_of_others(rng):
+    x = rng.standard_normal((8, 1000)).astype(np.float32)
+    gamma = np.ones(1000, np.float32)
+    _, cache = fastbn.batch_norm(x, gamma)
+    gamma.resize(4, refcheck=False)
+    _, dgamma, _ = fastbn.batch_norm_backward(x, cache)
+    assert dgamma.shape == (1000,)
+
+
+def test_x_may_be_overwritten_by_a_call_that_dy_makes(rng):
+    x = rng.standard_normal((8, 3))
+    _, cache = fastbn.batch_norm(x)
+
+    class Meddling:
+        def __array__(self, dtype=None, copy=None):
+            fastbn.batch_norm_backward(np.ones((8, 3)), cache, out=x)
+            return np.ones((8, 3))
+
+    with pytest.raises(ValueError, match="cache: x is needed for the gradients"):
+        fastbn.batch_norm_backward(Meddling(), cache)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import KERNELS, MEANS_AND_STDS, assert_close, exact_batch_norm
+from support import DTYPES, KERNELS, MEANS_AND_STDS, assert_close, exact_batch_norm
 
 import fastbn
 from fastbn import _dispatch, functional
@@ -121,7 +121,7 @@ def test_nan_and_infinity_stay_in_their_channel(variant, rng, layout, bad):
         st.tuples(st.integers(1, 5_000), st.integers(1, 5), st.integers(1, 3)),
         st.tuples(st.integers(1, 200), st.integers(1, 200), st.just(1)),
     ),
-    dtype=st.sampled_from([np.float32, np.float64]),
+    dtype=st.sampled_from(DTYPES),
     mean=st.sampled_from([0, 1e4]),
     seed=st.integers(0, 2**32 - 1),
 )

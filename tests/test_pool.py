@@ -257,10 +257,9 @@ def test_layers_of_several_threads_and_hooks_that_call_again_change_no_bit():
         layer = fastbn.BatchNorm(64)
         inner = fastbn.BatchNorm(64)
         layer.register_grad_hook(lambda _: seen.append(inner.backward(inner(x)).tobytes()))
-        for _ in range(4):
-            seen.append(layer.backward(layer(x)).tobytes())
+        gradients = [layer.backward(layer(x)).tobytes() for _ in range(4)]
         state = {**layer.state_dict(), **layer.grads}
-        return seen, {name: value.tobytes() for name, value in state.items()}
+        return seen, gradients, {name: value.tobytes() for name, value in state.items()}
 
     fastbn.set_num_threads(1)
     wanted = train(0)

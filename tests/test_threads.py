@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BFLOAT16, ENOUGH, KERNELS, assert_close, exact_batch_norm
+from support import DTYPES, ENOUGH, KERNELS, assert_close, exact_batch_norm
 
 import fastbn
 from fastbn import _dispatch, functional
 
-DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)]
-DTYPES += [BFLOAT16] if BFLOAT16 is not None else []
 TARGETS = ["fresh", "in place", "misaligned"]
 
 
 def arrays(shape, dtype, seed):
-    """Return x, dy, gamma and beta; the mean of every other channel, about, is 1e4 times its std."""
+    """Return x, dy, gamma and beta; in half of the channels, about, mean / std is 1e4."""
     rng = np.random.default_rng(seed)
     means = rng.choice(np.float32([0, 1e4]), (1, shape[1], 1))
     x = (means + rng.standard_normal(shape, np.float32)).astype(dtype)
@@ -80,7 +78,7 @@ shapes = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=shapes,
     dtype=st.sampled_from(DTYPES),
