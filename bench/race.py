@@ -12,7 +12,7 @@ from collections import deque
 from itertools import repeat
 from math import ceil
 
-ROUNDS = 7
+ROUNDS = 5
 BLOCK = 0.005  # seconds; a block is as many calls as fill it
 REST = 0.015  # for the last one's workers to fall asleep
 LONG = 0.03  # a block so long takes part in every third round: it says enough, and time is short

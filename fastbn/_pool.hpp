@@ -23,6 +23,9 @@
 #include <pthread.h>
 #include <signal.h>
 #endif
+#if defined(__GLIBC__)
+#include <sched.h>
+#endif
 
 namespace fastbn {
 
@@ -43,6 +46,9 @@ class Pool {
         units_ = (std::uint32_t)units;
         done_.store(0, std::memory_order_relaxed);
         helpers_.store(helpers);
+#if defined(__GLIBC__)
+        caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
+#endif
         // The generation tells this job's units from those of a job that a late worker remembers.
         ticket_.store(++generation_ << 32 | units_);
         if (sleepers_.load() > 0) {
@@ -80,6 +86,7 @@ class Pool {
     void work(int id) {
         using clock = std::chrono::steady_clock;
         for (clock::time_point idle = clock::now();;) {
+            leave_callers_cpu();
             if (wanted(id) && take_units(id)) {
                 idle = clock::now();
             } else if (clock::now() - idle < PATIENCE) {
@@ -87,10 +94,28 @@ class Pool {
             } else {
                 std::unique_lock<std::mutex> lock(mutex_);
                 sleepers_.fetch_add(1);  // before the last look at the ticket: see run()
-                wake_.wait(lock, [&] { return wanted(id); });
+                // Whoever was woken too late for this job stays awake for the next, or calls that
+                // are as long as waking takes would never be helped.
+                if (!wanted(id)) do wake_.wait(lock); while (id >= helpers_.load());
                 sleepers_.fetch_sub(1);
+                idle = clock::now();
             }
         }
+    }
+
+    // The scheduler may wake a worker where the caller runs, and leave it there for milliseconds:
+    // then the two take turns. A change of the affinity, taken back at once, moves it away.
+    void leave_callers_cpu() {
+#if defined(__GLIBC__)
+        int cpu = sched_getcpu();
+        if (cpu < 0 || cpu != caller_cpu_.load(std::memory_order_relaxed)) return;
+        cpu_set_t allowed, others;
+        if (cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+        others = allowed;
+        CPU_CLR(cpu, &others);
+        if (CPU_COUNT(&others) > 0 && !sched_setaffinity(0, sizeof others, &others))
+            sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
     }
 
     bool start_worker() {
@@ -123,6 +148,7 @@ class Pool {
     Task task_ = nullptr;
     void* job_ = nullptr;
     std::uint32_t units_ = 0;
+    std::atomic<int> caller_cpu_{-1};
 
     std::mutex mutex_;
     std::condition_variable wake_;
