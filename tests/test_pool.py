@@ -378,12 +378,13 @@ def test_exit_with_workers_busy_yielding_or_asleep_is_silent(pause):
 
 
 def test_exit_while_a_daemon_thread_is_inside_a_call_is_silent():
+    code = """
+        for _ in range(2):
+            threading.Thread(target=call_for_ever, daemon=True).start()
+        time.sleep(0.1)
+    """
     for _ in range(3):
-        run("""
-            for _ in range(2):
-                threading.Thread(target=call_for_ever, daemon=True).start()
-            time.sleep(0.1)
-        """)
+        assert run(code) == ""
 
 
 @posix
