@@ -442,6 +442,9 @@ class BatchNorm(_Norm):
     def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
         functional.update_running(cache, mean, var, weight)
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, virtual_batch_size={self.virtual_batch_size})"
+
 
 class InstanceNorm(_Norm):
     """Instance normalisation: each channel of each example by its own mean and variance.
