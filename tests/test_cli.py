@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import write_blobs
 
 import fastbn
 from fastbn.cli import main
@@ -24,11 +25,7 @@ def blobs(tmp_path):
     """Return options to train a small network shortly, on data that are easy to learn."""
     for module in ("tqdm", "threadpoolctl"):
         pytest.importorskip(module)
-    rng = np.random.default_rng(3)
-    y = np.arange(140) % 3
-    x = rng.standard_normal((3, 4, 4))[y] + 0.3 * rng.standard_normal((140, 4, 4))
-    np.savez(tmp_path / "blobs.npz", x=x, y=y)
-    return ["train", "--data", str(tmp_path / "blobs.npz"), "--hidden", "8,8", "--epochs", "3"]
+    return ["train", "--data", write_blobs(tmp_path), "--hidden", "8,8", "--epochs", "3"]
 
 
 def run(argv, capsys):

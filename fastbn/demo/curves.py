@@ -13,7 +13,7 @@ def draw(
     trainers: Sequence[Trainer],
     *,
     lr: float | None = None,
-    marks: Sequence[tuple[int, str]] = (),
+    marks: Sequence[tuple[int, str, bool]] = (),
     undone: Sequence[tuple[int, Sequence[Epoch]]] = (),
     option: str = "--plot",
 ) -> None:
@@ -25,8 +25,8 @@ def draw(
     trainers : sequence of Trainer
     lr : float, optional
         The learning rate for the title, where it is not that of the first configuration.
-    marks : sequence of (int, str)
-        Texts, and before which epoch each stands.
+    marks : sequence of (int, str, bool)
+        Texts, before which epoch each stands, and whether it was undone, and is pale.
     undone : sequence of (int, sequence of Epoch)
         Epochs of the first network that were rolled back, drawn pale, and the number of the first.
     option : str
@@ -57,17 +57,19 @@ def draw(
                 values = [epoch[key] for epoch in trainer.history]
                 label = f"{trainer.name}, {part}"
                 axes.plot(epochs, values, style, color=color, marker=".", label=label)
-        for before, text in marks:
-            axes.axvline(before - 0.5, color="0.5", linestyle=":")
+        for before, text, pale in marks:
+            alpha = 0.4 if pale else 1
+            axes.axvline(before - 0.5, color="0.5", linestyle=":", alpha=alpha)
             # Above the axes it hides no curve, and the layout makes room for it.
             axes.annotate(
                 text,
                 (before - 0.5, 1.02),
                 xycoords=axes.get_xaxis_transform(),
                 rotation=90,
-                ha="center",
+                ha="right" if pale else "left",
                 va="bottom",
                 fontsize="small",
+                alpha=alpha,
             )
         axes.set(xlabel="epoch", ylabel=metric)
         axes.xaxis.get_major_locator().set_params(integer=True)

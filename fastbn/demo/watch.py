@@ -134,8 +134,8 @@ class Log:
         Those that were not rolled back: epochs 1, 2, ...
     undone : list of (int, list of Epoch)
         What each rollback took away, from the epoch on that it went back to, and its number.
-    marks : list of (int, Nudge)
-        The nudges, and before which epoch each was taken.
+    marks : list of (int, Nudge, bool)
+        The nudges, before which epoch each was taken, and whether a later rollback undid it.
     pending : list of Nudge
         Those that no epoch in ``standing`` followed yet.
     ended : bool
@@ -148,7 +148,7 @@ class Log:
         self.rows: list[Event] = []
         self.standing: list[Event] = []
         self.undone: list[tuple[int, list[Epoch]]] = []
-        self.marks: list[tuple[int, Nudge]] = []
+        self.marks: list[tuple[int, Nudge, bool]] = []
         self.pending: list[Nudge] = []
         self.ended = False
         head = {"format": FORMAT, "config": dataclasses.asdict(config)}
@@ -252,7 +252,7 @@ class Log:
         self._lines.append(json.dumps(event))
 
     def _take(self, nudge: Nudge) -> None:
-        self.marks.append((self.next_epoch, nudge))
+        epoch = self.next_epoch
         if nudge.rollback is not None:
             if nudge.rollback > len(self.standing):
                 raise ValueError(f"rollback to {nudge.rollback} of {len(self.standing)} epochs")
@@ -261,7 +261,9 @@ class Log:
             for row in self.standing[nudge.rollback :]:
                 row["undone"] = 1
             del self.standing[nudge.rollback :]
+            self.marks = [(e, n, undone or e > nudge.rollback) for e, n, undone in self.marks]
             self.pending = []
+        self.marks.append((epoch, nudge, False))
         self.pending.append(nudge)
 
 
@@ -376,7 +378,7 @@ class Run:
         self.log.add("nudge", id=key, nudge=nudge.changes())
         self.trainer = trainer
         done = len(trainer.history)
-        if not nudge.stop and nudge.changes().keys() != {"momentum"}:
+        if not nudge.stop and done < trainer.config.epochs:
             lr = decayed_lr(trainer.config, done)
             text += f"; epoch {done + 1} has the learning rate {lr:g}"
         print(text, flush=True)
@@ -387,14 +389,14 @@ class Run:
         for path in set(self.folder.glob("epoch-*.npz")) - kept:
             if re.fullmatch(r"epoch-\d{4,}\.npz", path.name):
                 _delete(path, self.option)
-        marks: dict[int, list[str]] = {}
-        for epoch, nudge in self.log.marks:
-            marks.setdefault(epoch, []).extend(str(nudge).split(", "))
+        marks: dict[tuple[int, bool], list[str]] = {}
+        for epoch, nudge, undone in self.log.marks:
+            marks.setdefault((epoch, undone), []).extend(str(nudge).split(", "))
         draw(
             self.folder / "curves.png",
             [self.trainer],
             lr=self.log.config.lr,
-            marks=[(epoch, "\n".join(texts)) for epoch, texts in marks.items()],
+            marks=[(epoch, "\n".join(t), undone) for (epoch, undone), t in marks.items()],
             undone=self.log.undone,
             option=self.option,
         )
@@ -496,7 +498,7 @@ def replay(folder: Path) -> Trainer:
     with _locked(folder, option):
         run = _open(folder, option)
     log = run.log
-    targets = {nudge.rollback for _, nudge in log.marks}
+    targets = {nudge.rollback for _, nudge, _ in log.marks}
     with tempfile.TemporaryDirectory() as name, one_blas_thread():
         scratch = Path(name)
         again = Run(scratch, Log(scratch / LOG, log.config), run.data, option)
