@@ -53,6 +53,7 @@ FORMAT = "fastbn watched run 1"
 LOG, LOCK = "log.jsonl", "lock"
 COLUMNS = ("epoch", "lr", "momentum", *METRICS, "nudges", "undone")
 RECENT = 10
+PATIENCE = 1  # seconds to wait for a folder, as `send` holds it for a moment
 WITH_MOMENTUM = ("momentum", "adam")
 
 
@@ -602,12 +603,12 @@ def _open(folder: Path, option: str) -> Run:
 
 
 @contextmanager
-def _locked(folder: Path, option: str, timeout: float = 1) -> Iterator[None]:
+def _locked(folder: Path, option: str, timeout: float | None = None) -> Iterator[None]:
     """Keep other processes from training in a folder."""
     filelock = require("filelock")
     lock = filelock.FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=timeout)  # a second, as `send` holds it for a moment
+        lock.acquire(timeout=PATIENCE if timeout is None else timeout)
     except filelock.Timeout as error:
         raise BusyError(f"{option} {folder}: another process is training there") from error
     except (OSError, NotImplementedError) as error:
