@@ -255,6 +255,11 @@ def _train(
             check_writable(save, option="--save")
 
         if resume:
+            if not save and (resume.parent / "log.jsonl").exists():
+                raise DemoError(
+                    f"--resume {resume}: expected --save with another file, or the folder alone:"
+                    " this one belongs to a run of --watch"
+                )
             trainers.append(load_checkpoint(resume, given))
         else:
             norms = ("batch", "none") if compare else (given.get("norm", "batch"),)

@@ -480,9 +480,18 @@ def test_a_death_at_any_moment_loses_nothing(folder, monkeypatch):
 
 
 def test_a_death_in_the_middle_of_a_file(stopped):
-    (stopped / ".epoch-0004.npz.123.tmp").write_bytes(b"incomplete")
+    for name in ("epoch-0004.npz.123", "log.jsonl.123", "curves.png.123", "mine"):
+        (stopped / f".{name}.tmp").write_bytes(b"incomplete")
     resume(stopped, {})
-    assert not list(stopped.glob(".*"))
+    assert [path.name for path in stopped.glob(".*")] == [".mine.tmp"]
+
+
+def test_a_missing_extra(stopped, monkeypatch):
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    for ask in ASK.values():
+        with pytest.raises(DemoError, match=r'filelock .*: pip install "fastbn\[demo\]"'):
+            ask(stopped)
+    assert list((stopped / "nudges").iterdir()) == []
 
 
 def test_two_processes_nudge_at_once(folder):
@@ -541,7 +550,7 @@ def test_a_folder_with_something_in_it(stopped, tmp_path):
         start(stopped, config_for(stopped))
     with pytest.raises(DemoError, match="expected a new or empty folder, got one with files"):
         start(tmp_path, config_for(stopped))
-    with pytest.raises(DemoError, match=r"--watch .*blobs.npz: .*File exists"):
+    with pytest.raises(DemoError, match=r"--watch .*blobs.npz: "):
         start(tmp_path / "blobs.npz", config_for(stopped))
     assert {path: path.read_bytes() for path in stopped.glob("*.*")} == before
 
