@@ -25,8 +25,8 @@ examples. The same options give the same bits.
 NUDGE = """
 Change something in a training that `fastbn train --watch FOLDER` has under way. It is done at the
 start of the next epoch; nudges are taken one after the other, in the order in which they were
-given, and those that cannot be done are told there. One without a process that trains waits for
-`fastbn train --resume FOLDER`.
+given. What cannot be done is refused: at once, or where only the training can tell, by a line that
+it prints and logs. Where none is going on, a nudge waits for `fastbn train --resume FOLDER`.
 """
 
 
