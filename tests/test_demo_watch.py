@@ -480,7 +480,7 @@ def test_a_death_at_any_moment_loses_nothing(folder, monkeypatch):
 
 
 def test_a_death_in_the_middle_of_a_file(stopped):
-    for name in ("epoch-0004.npz.123", "log.jsonl.123", "curves.png.123", "mine"):
+    for name in ("epoch-0004.npz.123", "log.jsonl.123.4", "curves.png.123", "mine"):
         (stopped / f".{name}.tmp").write_bytes(b"incomplete")
     resume(stopped, {})
     assert [path.name for path in stopped.glob(".*")] == [".mine.tmp"]
