@@ -6,6 +6,7 @@ from fastbn import optim
 from fastbn._blocks import set_recycling
 from fastbn._dispatch import runtime_info
 from fastbn._pool import get_num_threads, set_num_threads
+from fastbn.checkpoint import load, save
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
 from fastbn.layer import BatchNorm
 
@@ -15,8 +16,10 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_inference",
     "get_num_threads",
+    "load",
     "optim",
     "runtime_info",
+    "save",
     "set_num_threads",
     "set_recycling",
 ]

@@ -11,8 +11,18 @@ import fastbn
 PACKAGE = Path(__file__).parent.parent / "fastbn"
 
 ALLOWED = {
-    "__init__": {"optim", "_blocks", "_controller", "_dispatch", "_pool", "functional", "layer"},
+    "__init__": {
+        "optim",
+        "_blocks",
+        "_controller",
+        "_dispatch",
+        "_pool",
+        "checkpoint",
+        "functional",
+        "layer",
+    },
     "__main__": {"cli"},
+    "checkpoint": {"_files"},
     "layer": {"functional", "_hooks"},
     "optim": {"_hooks", "_updates"},
     "functional": {"_blocks", "_dispatch", "_job", "_plan"},
@@ -20,7 +30,7 @@ ALLOWED = {
     "_controller": {""},  # likewise
     "_kernels": {"_cpu", "_job", "_pool"},
     "cli": {"", "demo"},
-    "demo": {"", "demo", "layer", "optim"},
+    "demo": {"", "_files", "demo", "layer", "optim"},
 }
 
 CYTHON = re.compile(

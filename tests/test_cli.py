@@ -220,7 +220,7 @@ def test_compare_goes_on_when_only_the_plain_network_diverges(blobs, tmp_path, c
         ("--plot curves.pdf", "--plot: expected the name of a .png file, got curves.pdf"),
         ("--plot none/curves.png", "--plot none/curves.png: cannot be written"),
         ("--save none/run.npz", "--save none/run.npz: cannot be written"),
-        ("--save .", "--save .: expected a file, got a folder or a device"),
+        ("--save .", "--save .: cannot be written: [Errno 17] expected a file, got a folder or"),
         ("--save BLOBS", "--save: expected another file than that of --data"),
         ("--compare --norm none", "--compare: cannot be used with --norm, --save or --resume"),
         ("--compare --save run.npz", "--compare: cannot be used with"),
