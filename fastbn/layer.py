@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from operator import index
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -332,6 +332,233 @@ class BatchNorm:
             f"momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, dtype={self.dtype})"
         )
+
+    def fold_into(
+        self, weight: ArrayLike, bias: ArrayLike | None = None, *, axis: int = 0
+    ) -> tuple[Array, Array]:
+        """Return the preceding linear map or convolution with this layer folded into it.
+
+        In evaluation the layer is a scale and a shift of each channel, so that one map does for
+        both, with s = gamma / sqrt(running_var + eps) ::
+
+            weight' = weight * s        bias' = (bias - running_mean) * s + beta
+
+        computed in float64 and rounded once. What may come after the scale and the shift, an
+        activation of this layer or a residual, is not part of it. Nothing is changed.
+
+        Parameters
+        ----------
+        weight : array_like of float16, float32 or float64
+            The weight of the map whose result the layer normalises. Its axis `axis` has
+            `num_features` entries.
+        bias : array_like, optional
+            The bias of that map, `num_features` values in any shape; None stands for zeros.
+        axis : int
+            The axis of the output channels: 0 for PyTorch's linear layers and convolutions and the
+            course's W in ``W @ A``, 1 for ``x @ W`` and PyTorch's transposed convolutions.
+
+        Returns
+        -------
+        weight, bias : ndarray
+            New arrays of weight's dtype; bias in the shape that it was given in, or (C,).
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics.
+        TypeError, ValueError
+            If weight or bias is of another type or size, or weight has no such axis.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm(2, eps=0)
+        >>> bn.running_mean[:], bn.running_var[:] = [1, 2], [4, 16]
+        >>> bn.fold_into(np.array([[2.0, 4.0], [8.0, 4.0]]))
+        (array([[1., 2.],
+               [2., 1.]]), array([-0.5, -0.5]))
+        """
+        if self.running_mean is None or self.running_var is None:
+            raise RuntimeError(
+                "fold_into: expected running statistics, "
+                "this layer was made with track_running_stats=False"
+            )
+        w = np.asarray(weight)
+        if w.dtype.kind != "f" or w.dtype.itemsize > 8:
+            raise TypeError(f"weight: expected float16, float32 or float64, got {w.dtype}")
+        axis = _integer("axis", axis)
+        if not -w.ndim <= axis < w.ndim or w.shape[axis] != self.num_features:
+            raise ValueError(
+                f"weight: expected {self.num_features} output channels on axis {axis}, "
+                f"got shape {w.shape}"
+            )
+        b = np.zeros(self.num_features) if bias is None else np.asarray(bias)
+        if b.size != self.num_features:
+            raise ValueError(f"bias: expected {self.num_features} values, got shape {b.shape}")
+        flat = _values("bias", b.ravel(), self.num_features)
+        scale = self.params.get("gamma", 1) / np.sqrt(self.running_var + self.eps)
+        shift = (flat - self.running_mean) * scale + self.params.get("beta", 0)
+        columns = [1] * w.ndim
+        columns[axis] = -1
+        folded = w * scale.reshape(columns)
+        return folded.astype(w.dtype), shift.reshape(b.shape).astype(w.dtype)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: Sequence[ArrayLike],
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        *,
+        axis: int = -1,
+        center: bool = True,
+        scale: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> Self:
+        """Make the layer that Keras's BatchNormalization with these weights is.
+
+        In evaluation both give the same. Keras's running variance, of values divided by M, is taken
+        as it is; further training moves it towards the unbiased one (divided by M - 1), which is
+        larger by M / (M - 1).
+
+        Parameters
+        ----------
+        weights : sequence of array_like, shape (C,)
+            What ``get_weights()`` returns: gamma if `scale`, beta if `center`, moving_mean,
+            moving_variance.
+        momentum : float
+            As in Keras, the weight of the old value; the layer has 1 - momentum.
+        epsilon : float
+            Added to the variance; the layer's eps.
+        axis : int
+            The channel axis.
+        center, scale : bool
+            Whether there is beta, and gamma. A layer has both or none: one that is missing in
+            Keras is made of zeros or ones here, which further training would change.
+        dtype : dtype
+            Of gamma and beta: float32 or float64.
+
+        Returns
+        -------
+        BatchNorm
+            In training mode, as any new layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not as described.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> bn = fastbn.BatchNorm.from_keras([[1, 1], [0, 0], [5, 6], [7, 8]], momentum=0.75)
+        >>> bn.momentum, bn.eps, bn.running_mean
+        (0.25, 0.001, array([5., 6.]))
+        """
+        names = ["gamma"] * scale + ["beta"] * center + ["moving_mean", "moving_variance"]
+        if isinstance(weights, Mapping | str) or not hasattr(weights, "__len__"):
+            raise TypeError(f"weights: expected a list of arrays, got {type(weights).__name__}")
+        if len(weights) != len(names):
+            raise ValueError(
+                f"weights: expected {len(names)} arrays, {', '.join(names)}, got {len(weights)}"
+            )
+        arrays = {
+            name: (f"weights[{at}] ({name})", each)
+            for at, (name, each) in enumerate(zip(names, weights, strict=True))
+        }
+        return cls._from_biased(
+            arrays.get("gamma"), arrays.get("beta"), *list(arrays.values())[-2:],
+            momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def from_onnx(
+        cls,
+        scale: ArrayLike,
+        B: ArrayLike,
+        mean: ArrayLike,
+        var: ArrayLike,
+        *,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> Self:
+        """Make the layer that ONNX's BatchNormalization with these inputs and attributes is.
+
+        In evaluation both give the same. ONNX's running variance, of values divided by M, is taken
+        as it is, as in `from_keras`.
+
+        Parameters
+        ----------
+        scale, B, mean, var : array_like, shape (C,)
+            The inputs of the operator: gamma, beta, and the running statistics (input_mean and
+            input_var).
+        epsilon : float
+            Added to the variance; the layer's eps.
+        momentum : float
+            As in ONNX, the weight of the old value; the layer has 1 - momentum.
+        axis : int
+            The channel axis, in ONNX always 1.
+        dtype : dtype
+            Of gamma and beta: float32 or float64.
+
+        Returns
+        -------
+        BatchNorm
+            In training mode, as any new layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not as described.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm.from_onnx([2, 2], [1, 1], [5, 6], [4, 4], epsilon=0).eval()
+        >>> bn(np.array([[5.0, 8.0]]))
+        array([[1., 3.]])
+        """
+        return cls._from_biased(
+            ("scale", scale), ("B", B), ("mean", mean), ("var", var),
+            momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def _from_biased(
+        cls,
+        gamma: tuple[str, ArrayLike] | None,
+        beta: tuple[str, ArrayLike] | None,
+        mean: tuple[str, ArrayLike],
+        var: tuple[str, ArrayLike],
+        *,
+        momentum: float,
+        epsilon: float,
+        axis: int,
+        dtype: DTypeLike,
+    ) -> Self:
+        """Make a layer from arrays, each with its name, in Keras's and ONNX's conventions."""
+        old = _number("momentum", momentum)
+        if not 0 <= old <= 1:
+            raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
+        eps = _number("epsilon", epsilon)
+        if not (isfinite(eps) and eps >= 0):
+            raise ValueError(f"epsilon: expected a finite number >= 0, got {epsilon}")
+        shape = np.shape(mean[1])
+        if len(shape) != 1 or not shape[0]:
+            raise ValueError(f"{mean[0]}: expected one value per channel, got shape {shape}")
+        given = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+        values = {key: _values(*each, *shape) for key, each in given.items() if each}
+        if (values["var"] < 0).any():
+            raise ValueError(f"{var[0]}: expected values >= 0, got {values['var'].min()}")
+        affine = bool(gamma or beta)
+        bn = cls(*shape, axis=axis, eps=eps, momentum=1 - old, affine=affine, dtype=dtype)
+        state = bn._state()
+        names = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var"}
+        for key, array in values.items():
+            state[names[key]][...] = array
+        return bn
 
 
 def _integer(name: str, value: int, least: int | None = None) -> int:
