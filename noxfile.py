@@ -30,9 +30,10 @@ def oldest(session):
 
 @nox.session
 def peers(session):
-    """Run the tests that compare with PyTorch and ONNX, which the other sessions skip."""
-    session.install(".[test]", "torch==2.13.0", "onnx")
-    session.run("pytest", "-k", "torch or onnx", *session.posargs)
+    """Run the tests that compare with PyTorch, ONNX and Keras, which the other sessions skip."""
+    session.install(".[test]", "torch==2.13.0", "onnx", "keras")
+    names = "torch or onnx or keras"
+    session.run("pytest", "-k", names, *session.posargs, env={"KERAS_BACKEND": "torch"})
 
 
 @nox.session
