@@ -9,7 +9,7 @@ from fastbn.demo.train import Trainer
 
 
 def draw(path: Path, trainers: Sequence[Trainer]) -> None:
-    """Draw the curves of networks of the same kind, with and without batch norm, as a PNG.
+    """Draw the curves of networks of the same kind, with different norms or none, as a PNG.
 
     Raises
     ------
@@ -24,7 +24,7 @@ def draw(path: Path, trainers: Sequence[Trainer]) -> None:
         f" {config.optimizer}, learning rate {config.lr:g}"
     )
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for trainer, color in zip(trainers, ("C0", "C1"), strict=False):
+        for trainer, color in zip(trainers, ("C0", "C1", "C2"), strict=False):
             epochs = range(1, len(trainer.history) + 1)
             for part, style in (("training", "--"), ("validation", "-")):
                 key = metric if part == "training" else f"validation_{metric}"

@@ -58,7 +58,7 @@ def check_writable(path: Path, *, option: str) -> None:
     DemoError
         If it will not.
     """
-    with _refusals(path, option):
+    with refusals(path, option):
         _files.check_writable(path)
 
 
@@ -70,13 +70,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, option
     DemoError
         If the operating system refuses; the old file is untouched then.
     """
-    with _refusals(path, option):
+    with refusals(path, option):
         _files.write_atomically(path, write)
 
 
 @contextmanager
-def _refusals(path: Path, option: str) -> Iterator[None]:
-    """Make what the operating system refuses a `DemoError`."""
+def refusals(path: Path, option: str) -> Iterator[None]:
+    """Make what the operating system refuses, within, a `DemoError`."""
     try:
         yield
     except OSError as error:
