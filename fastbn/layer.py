@@ -1,102 +1,40 @@
-"""The batch normalisation layer: parameters, running statistics and hooks around the functions."""
+"""The normalisation layers: parameters, running statistics and hooks around the functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from operator import index
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional
 from fastbn._hooks import Handle, HookList
+from fastbn.functional import Cache, Moments, merge_moments
+
+if TYPE_CHECKING:
+    from fastbn.functional import Activation
 
 Array = NDArray[Any]
 
 
-class BatchNorm:
-    """Batch normalisation with trainable scale and shift, and running statistics for inference.
-
-    In training each channel is normalised by the minibatch, over the M values it has there::
-
-        y = gamma * (x - mean) / sqrt(var + eps) + beta
-
-    and the running statistics move towards the minibatch's, var made unbiased first::
-
-        running = (1 - momentum) * running + momentum * new
-
-    In evaluation (after `eval()`) the running statistics take the place of mean and var. The
-    layer belongs between a linear map without bias and the activation.
-
-    Parameters
-    ----------
-    num_features : int
-        C, the number of channels.
-    axis : int
-        The channel axis: 1 for NCHW and NC, -1 for NHWC, 0 for the course's (n_h, m).
-    eps : float
-        Added to the variance.
-    momentum : float or None
-        The weight of the new value in the running statistics (as in PyTorch; Keras calls
-        1 - momentum so). None: the average of all minibatches so far.
-    affine : bool
-        Whether the layer has gamma and beta.
-    track_running_stats : bool
-        Whether the layer keeps running statistics. Without them evaluation uses the minibatch.
-    dtype : dtype
-        Of gamma and beta and their gradients: float32 or float64.
-
-    Attributes
-    ----------
-    params, grads : dict of str to ndarray
-        The parameters "gamma" and "beta", shape (C,), and their gradients, under the same keys;
-        empty if not affine. Optimizers change the arrays in place.
-    running_mean, running_var : ndarray of float64, shape (C,), or None
-        The running statistics, 0 and 1 at first; var is unbiased.
-    num_batches_tracked : int
-        How many minibatches the running statistics have seen.
-    training : bool
-        Which of the two modes the layer is in.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as described.
-
-    Notes
-    -----
-    Different layers can be used from different threads; one layer is for one thread at a time.
-    A copy (`copy.deepcopy`, pickle) has the state but neither the hooks nor the minibatch that
-    `backward` would go back through.
-
-    References
-    ----------
-    .. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
-       Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167
-
-    Examples
-    --------
-    >>> import numpy as np, fastbn
-    >>> bn = fastbn.BatchNorm(2)
-    >>> bn(np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32)).round(3)
-    array([[-1., -1.],
-           [ 1.,  1.]], dtype=float32)
-    >>> bn.running_mean
-    array([0.2, 2. ])
-    """
+class _Norm(ABC):
+    """What the layers share; each says how a minibatch is normalised, and tracked."""
 
     def __init__(
         self,
         num_features: int,
         *,
-        axis: int = 1,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        dtype: DTypeLike = np.float32,
+        axis: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        dtype: DTypeLike,
+        activation: Activation,
     ) -> None:
         self.num_features = _integer("num_features", num_features, least=1)
         self.axis = _integer("axis", axis)
@@ -109,6 +47,11 @@ class BatchNorm:
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
+        if activation not in (None, "relu", "leaky_relu"):
+            raise ValueError(
+                f"activation: expected None, 'relu' or 'leaky_relu', got {activation!r}"
+            )
+        self.activation = activation
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.training = True
@@ -122,7 +65,8 @@ class BatchNorm:
         self.running_mean = np.zeros(self.num_features) if track_running_stats else None
         self.running_var = np.ones(self.num_features) if track_running_stats else None
         self.num_batches_tracked = 0
-        self._cache: functional.Cache | None = None
+        self._cache: Cache | None = None
+        self._seen: list[Moments] | None = None  # what update_statistics collects
         self._grad_hooks = HookList()
 
     @property
@@ -148,39 +92,28 @@ class BatchNorm:
             raise AttributeError(f"{name}: this layer has none, it was made with affine=False")
         return self.params[name]
 
-    def train(self, mode: bool = True) -> BatchNorm:
+    def train(self, mode: bool = True) -> Self:
         """Switch to training (or, with ``mode=False``, to evaluation); return the layer."""
         self.training = bool(mode)
         return self
 
-    def eval(self) -> BatchNorm:
+    def eval(self) -> Self:
         """Switch to evaluation, which uses the running statistics; return the layer."""
         return self.train(False)
 
-    def __call__(self, x: ArrayLike) -> Array:
-        """Return `forward(x)`."""
-        return self.forward(x)
+    @abstractmethod
+    def _by_minibatch(
+        self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
+    ) -> tuple[Array, Cache]:
+        """Normalise x, known to have the right channels, by its own statistics."""
 
-    def forward(self, x: ArrayLike) -> Array:
-        """Normalise x, and in training update the running statistics.
+    @abstractmethod
+    def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
+        """Move the running mean and var, in place, towards those of a minibatch."""
 
-        Parameters
-        ----------
-        x : array_like of float16, bfloat16, float32 or float64
-            With `num_features` channels on `axis`. It must not change before `backward`.
-
-        Returns
-        -------
-        ndarray
-            y, of x's shape and dtype.
-
-        Raises
-        ------
-        TypeError
-            If x is of another type.
-        ValueError
-            If x has another number of channels, or in training one value per channel or none.
-        """
+    def _forward(
+        self, x: ArrayLike, residual: ArrayLike | None, mask: ArrayLike | None = None
+    ) -> Array:
         if not isinstance(x, np.ndarray):
             try:
                 x = np.asarray(x)
@@ -190,34 +123,34 @@ class BatchNorm:
             raise ValueError(
                 f"x: expected {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
             )
-        gamma, beta = self.params.get("gamma"), self.params.get("beta")
         if not self.training and self.running_mean is not None and self.running_var is not None:
             y, self._cache = functional.inference_with_cache(
-                x, self.running_mean, self.running_var, gamma, beta, self.axis, self.eps
+                x,
+                self.running_mean,
+                self.running_var,
+                self.params.get("gamma"),
+                self.params.get("beta"),
+                self.axis,
+                self.eps,
+                self.activation,
+                residual,
+                mask,
             )
             return y
-        if x.size < 2 * self.num_features:
-            raise ValueError(
-                "x: expected more than one value per channel to take statistics of, "
-                f"got shape {x.shape}"
-            )
-        y, self._cache = functional.batch_norm(x, gamma, beta, axis=self.axis, eps=self.eps)
-        if self.training:
-            self._track(self._cache)
+        y, self._cache = self._by_minibatch(x, residual, mask)
+        if self.training and self._seen is not None:
+            self._seen.append(self._cache.moments)
+        elif self.training and self.running_mean is not None and self.running_var is not None:
+            self.num_batches_tracked += 1
+            weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self._move_running(self._cache, self.running_mean, self.running_var, weight)
         return y
 
-    def _track(self, cache: functional.Cache) -> None:
-        if self.running_mean is None or self.running_var is None:
-            return
-        self.num_batches_tracked += 1
-        weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        functional.update_running(cache, self.running_mean, self.running_var, weight)
-
-    def backward(self, dy: ArrayLike) -> Array:
+    def backward(self, dy: ArrayLike) -> Any:
         """Take the gradient of the loss back through the last `forward`.
 
         Fills `grads`, then runs the hooks of `register_grad_hook`. After a forward pass in
-        evaluation the statistics count as constants.
+        evaluation with running statistics, those count as constants.
 
         Parameters
         ----------
@@ -227,7 +160,8 @@ class BatchNorm:
         Returns
         -------
         ndarray
-            dx, the gradient with respect to x.
+            dx, the gradient with respect to x. Where `forward` was given a residual, a pair:
+            (dx, dresidual).
 
         Raises
         ------
@@ -238,14 +172,14 @@ class BatchNorm:
         """
         if self._cache is None:
             raise RuntimeError("backward: there was no forward pass to go back through")
-        dx, dgamma, dbeta = functional.batch_norm_backward(dy, self._cache)
+        dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(dy, self._cache)
         if self.affine:
             self.grads["gamma"][...] = dgamma
             self.grads["beta"][...] = dbeta
         self._grad_hooks.run(self)
-        return dx
+        return (dx, *dresidual) if dresidual else dx
 
-    def register_grad_hook(self, hook: Callable[[BatchNorm], object]) -> Handle:
+    def register_grad_hook(self, hook: Callable[[Self], object]) -> Handle:
         """Have `hook(layer)` called at the end of each `backward`, after `grads` are filled.
 
         Returns
@@ -328,10 +262,185 @@ class BatchNorm:
 
     def __repr__(self) -> str:
         return (
-            f"BatchNorm({self.num_features}, axis={self.axis}, eps={self.eps}, "
+            f"{type(self).__name__}({self.num_features}, axis={self.axis}, eps={self.eps}, "
             f"momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, dtype={self.dtype})"
+            f"track_running_stats={self.track_running_stats}, dtype={self.dtype}, "
+            f"activation={self.activation!r})"
         )
+
+
+class BatchNorm(_Norm):
+    """Batch normalisation with trainable scale and shift, and running statistics for inference.
+
+    In training each channel is normalised by the minibatch, over the M values it has there::
+
+        y = gamma * (x - mean) / sqrt(var + eps) + beta
+
+    (then, where asked for, ``y = act(y + residual)`` in the same pass over memory), and the running
+    statistics move towards the minibatch's, var made unbiased first::
+
+        running = (1 - momentum) * running + momentum * new
+
+    In evaluation (after `eval()`) the running statistics take the place of mean and var. The
+    layer belongs between a linear map without bias and the activation.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    axis : int
+        The channel axis: 1 for NCHW and NC, -1 for NHWC, 0 for the course's (n_h, m).
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        The weight of the new value in the running statistics (as in PyTorch; Keras calls
+        1 - momentum so). None: the average of all minibatches so far.
+    affine : bool
+        Whether the layer has gamma and beta.
+    track_running_stats : bool
+        Whether the layer keeps running statistics. Without them evaluation uses the minibatch.
+    dtype : dtype
+        Of gamma and beta and their gradients: float32 or float64.
+    activation : None, "relu" or "leaky_relu"
+        What follows, as in `batch_norm`; the layer is then normalisation and activation in one.
+    virtual_batch_size : int or None
+        In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
+        The running statistics are those of the whole minibatch all the same, pooled exactly.
+
+    Attributes
+    ----------
+    params, grads : dict of str to ndarray
+        The parameters "gamma" and "beta", shape (C,), and their gradients, under the same keys;
+        empty if not affine. Optimizers change the arrays in place.
+    running_mean, running_var : ndarray of float64, shape (C,), or None
+        The running statistics, 0 and 1 at first; var is unbiased.
+    num_batches_tracked : int
+        How many minibatches the running statistics have seen.
+    training : bool
+        Which of the two modes the layer is in.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+
+    Notes
+    -----
+    Different layers can be used from different threads; one layer is for one thread at a time.
+    A copy (`copy.deepcopy`, pickle) has the state but neither the hooks nor the minibatch that
+    `backward` would go back through.
+
+    References
+    ----------
+    .. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+       Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(2)
+    >>> bn(np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32)).round(3)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> bn.running_mean
+    array([0.2, 2. ])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        dtype: DTypeLike = np.float32,
+        activation: Activation = None,
+        virtual_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            axis=axis,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            dtype=dtype,
+            activation=activation,
+        )
+        if virtual_batch_size is not None:
+            virtual_batch_size = _integer("virtual_batch_size", virtual_batch_size, least=1)
+        self.virtual_batch_size = virtual_batch_size
+
+    def __call__(
+        self, x: ArrayLike, residual: ArrayLike | None = None, mask: ArrayLike | None = None
+    ) -> Array:
+        """Return `forward(x, residual, mask)`."""
+        return self._forward(x, residual, mask)
+
+    def forward(
+        self, x: ArrayLike, residual: ArrayLike | None = None, mask: ArrayLike | None = None
+    ) -> Array:
+        """Normalise x, and in training update the running statistics.
+
+        Parameters
+        ----------
+        x : array_like of float16, bfloat16, float32 or float64
+            With `num_features` channels on `axis`. It must not change before `backward`.
+        residual : array_like, optional
+            Of x's shape and dtype: what is added before the activation.
+        mask : array_like of bool, optional
+            Of x's shape without `axis`: which positions count. The others are not part of the
+            statistics, and y and dx are 0 there.
+
+        Returns
+        -------
+        ndarray
+            y, of x's shape and dtype.
+
+        Raises
+        ------
+        TypeError
+            If x, residual or mask is of another type.
+        ValueError
+            If x has another number of channels, or in training one value per channel or none (in
+            a group of `virtual_batch_size` examples, or left by the mask), or if residual or mask
+            is of another shape.
+        """
+        return self._forward(x, residual, mask)
+
+    def _by_minibatch(
+        self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
+    ) -> tuple[Array, Cache]:
+        count, why = x.size // self.num_features, ""
+        if mask is not None:
+            count = min(count, int(np.count_nonzero(mask)))
+            why = f", of which mask leaves {count}"
+        elif self.virtual_batch_size is not None and x.ndim > 1:
+            examples = x.shape[-1 if self.axis in (0, -x.ndim) else 0]
+            last = examples % self.virtual_batch_size or self.virtual_batch_size
+            count = min(last, examples) * (count // max(1, examples))
+            why = f", in groups of {self.virtual_batch_size} examples"
+        if count < 2:
+            raise ValueError(
+                "x: expected more than one value per channel to take statistics of, "
+                f"got shape {x.shape}{why}"
+            )
+        return functional.batch_norm(
+            x,
+            self.params.get("gamma"),
+            self.params.get("beta"),
+            axis=self.axis,
+            eps=self.eps,
+            activation=self.activation,
+            residual=residual,
+            mask=mask,
+            virtual_batch_size=self.virtual_batch_size,
+        )
+
+    def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
+        functional.update_running(cache, mean, var, weight)
 
     def fold_into(
         self, weight: ArrayLike, bias: ArrayLike | None = None, *, axis: int = 0
@@ -559,6 +668,202 @@ class BatchNorm:
         for key, array in values.items():
             state[names[key]][...] = array
         return bn
+
+
+class InstanceNorm(_Norm):
+    """Instance normalisation: each channel of each example by its own mean and variance.
+
+    Over the positions (of an image, a sequence) that an example n has in a channel c::
+
+        y = gamma_c * (x - mean_nc) / sqrt(var_nc + eps) + beta_c
+
+    (then, where asked for, ``y = act(y + residual)``), in training and, unless there are running
+    statistics, in evaluation too. The defaults are those of PyTorch: neither parameters nor running
+    statistics. Examples are on axis 0 (on the last one where `axis` is 0).
+
+    Parameters
+    ----------
+    num_features, axis, eps, momentum, dtype, activation
+        As in `BatchNorm`.
+    affine : bool
+        Whether the layer has gamma and beta.
+    track_running_stats : bool
+        Whether the layer keeps running statistics and uses them in evaluation: those of mean and
+        (unbiased) var, averaged over the examples.
+
+    Attributes
+    ----------
+    params, grads, running_mean, running_var, num_batches_tracked, training
+        As in `BatchNorm`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+
+    References
+    ----------
+    .. [1] D. Ulyanov, A. Vedaldi, V. Lempitsky, "Instance Normalization: The Missing Ingredient
+       for Fast Stylization", 2016, https://arxiv.org/abs/1607.08022
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> norm = fastbn.InstanceNorm(1, eps=0)
+    >>> norm(np.array([[[1.0, 3.0]], [[10.0, 30.0]]])).ravel()
+    array([-1.,  1., -1.,  1.])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        dtype: DTypeLike = np.float32,
+        activation: Activation = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            axis=axis,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            dtype=dtype,
+            activation=activation,
+        )
+
+    def __call__(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
+        """Return `forward(x, residual)`."""
+        return self._forward(x, residual)
+
+    def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
+        """Normalise x, and in training update the running statistics, if there are any.
+
+        Parameters
+        ----------
+        x : array_like of float16, bfloat16, float32 or float64
+            With `num_features` channels on `axis`. It must not change before `backward`.
+        residual : array_like, optional
+            Of x's shape and dtype: what is added before the activation.
+
+        Returns
+        -------
+        ndarray
+            y, of x's shape and dtype.
+
+        Raises
+        ------
+        TypeError
+            If x or residual is of another type.
+        ValueError
+            If x has another number of channels, or an example one position or none to take
+            statistics of, or if residual is of another shape.
+        """
+        return self._forward(x, residual)
+
+    def _by_minibatch(
+        self,
+        x: Array,
+        residual: ArrayLike | None,
+        mask: ArrayLike | None,  # noqa: ARG002
+    ) -> tuple[Array, Cache]:
+        examples = x.shape[-1 if self.axis in (0, -x.ndim) else 0]
+        if x.ndim < 2 or x.size < 2 * self.num_features * max(1, examples):
+            raise ValueError(
+                "x: expected more than one position per example and channel to take statistics of, "
+                f"got shape {x.shape}"
+            )
+        return functional.instance_norm(
+            x,
+            self.params.get("gamma"),
+            self.params.get("beta"),
+            axis=self.axis,
+            eps=self.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+
+    def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
+        count = cache.moments.count / len(cache.mean)  # of each example and channel
+        unbiased = cache.var.mean(axis=0) * (count / (count - 1))
+        mean[...] = (1 - weight) * mean + weight * cache.mean.mean(axis=0)
+        var[...] = (1 - weight) * var + weight * unbiased
+
+
+def update_statistics(
+    layers: Sequence[Any],
+    batches: Iterable[Any],
+    forward: Callable[[Any], object] | None = None,
+) -> None:
+    """Replace running statistics by the exact ones over a data set ("precise batch norm").
+
+    Each minibatch goes through the network in training mode, normalised by itself; means and
+    variances of what the batch norms saw are pooled exactly (`merge_moments`), instead of fading
+    away as new minibatches come.
+
+    Parameters
+    ----------
+    layers : sequence of layers
+        The network. Those of type `BatchNorm` that keep running statistics are updated.
+    batches : iterable
+        What goes into the network, minibatch by minibatch.
+    forward : callable, optional
+        ``forward(batch)`` runs the network. By default the layers are called one after the other.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If no layer is a `BatchNorm` with running statistics, there are no batches, or the network
+        leaves one of them out. Nothing is changed then, nor if `forward` fails.
+
+    References
+    ----------
+    .. [1] Y. Wu, J. Johnson, "Rethinking 'Batch' in BatchNorm", 2021,
+       https://arxiv.org/abs/2105.07576
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(1)
+    >>> fastbn.update_statistics([bn], [np.array([[1.0], [3.0]]), np.array([[5.0], [7.0]])])
+    >>> bn.running_mean, bn.running_var
+    (array([4.]), array([6.66666667]))
+    """
+    layers = list(layers)
+    norms = [n for n in layers if isinstance(n, BatchNorm) and n.track_running_stats]
+    if not norms:
+        raise ValueError("layers: expected a BatchNorm with running statistics, got none")
+
+    def one_after_the_other(batch: Any) -> None:
+        for layer in layers:
+            batch = layer(batch) if callable(layer) else layer.forward(batch)
+
+    modes = [norm.training for norm in norms]
+    try:
+        for norm in norms:
+            norm.train()._seen = []
+        for batch in batches:
+            (forward or one_after_the_other)(batch)
+        seen = [norm._seen or [] for norm in norms]
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.train(mode)._seen = None
+    if not all(seen):
+        raise ValueError(
+            "batches: expected one or more that go through every BatchNorm in layers, "
+            f"got {[len(moments) for moments in seen]} for the {len(norms)} of them"
+        )
+    for norm, moments in zip(norms, seen, strict=True):
+        mean, var, count = merge_moments(*moments)
+        state = norm._state()
+        state["running_mean"][...] = mean
+        state["running_var"][...] = var * (count / (count - 1))
+        norm.num_batches_tracked = len(moments)
 
 
 def _integer(name: str, value: int, least: int | None = None) -> int:

@@ -25,7 +25,7 @@ ALLOWED = {
     "checkpoint": {"_files"},
     "layer": {"functional", "_hooks"},
     "optim": {"_hooks", "_updates"},
-    "functional": {"_blocks", "_dispatch", "_job", "_plan"},
+    "functional": {"_blocks", "_dispatch", "_job", "_mask", "_plan"},
     "_dispatch": {"_cpu", "_pool", ""},  # "" is fastbn itself, asked for its version in a function
     "_controller": {""},  # likewise
     "_kernels": {"_cpu", "_job", "_pool"},
