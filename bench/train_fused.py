@@ -6,7 +6,8 @@ Both take turns, minibatch by minibatch, so that noise falls on both. Run it on 
 
 import argparse
 import os
-from statistics import mean, median
+from operator import truediv
+from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -52,11 +53,6 @@ def step(trainer, rows):
     return perf_counter() - start
 
 
-def _middle(values):
-    quarter = len(values) // 4
-    return mean(sorted(values)[quarter : len(values) - quarter])
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="mnist5k")
@@ -80,11 +76,10 @@ def main():
                 for name in order:
                     seconds[name].append(step(trainers[name], batch))
                 order.reverse()
-            # The mean of the middle half: a step that somebody else interrupted says nothing.
-            seconds = {name: count * _middle(times) for name, times in seconds.items()}
-            ratios.append(seconds["steps"] / seconds["fused"])
-            times = "  ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-            print(f"epoch {epoch}  {times}  ratio {ratios[-1]:.3f}", flush=True)
+            ratios += map(truediv, seconds["steps"], seconds["fused"])
+            # By the median: a minibatch that somebody else interrupted says nothing.
+            times = (f"{name} {count * median(each):.2f} s" for name, each in seconds.items())
+            print(f"epoch {epoch}", *times, sep="  ", flush=True)
     for name, trainer in trainers.items():
         loss, accuracy = trainer.evaluate(data.test)
         print(f"{name}: test loss {loss:.4f}, accuracy {accuracy:.4f}")
@@ -92,9 +87,10 @@ def main():
     same = "the same" if all(map(np.array_equal, *parts)) else "other"
     about = runtime_info()
     print(
-        f"both end with {same} bits; steps take {median(ratios):.3f} times as long as fused layers"
-        f" (median of {options.epochs} epochs); {os.cpu_count()} CPUs, {about['isa']},"
-        f" {about['threads']} threads, load {os.getloadavg()[0]:.1f}"
+        f"both end with {same} bits; of {len(ratios)} minibatches, steps took longer on"
+        f" {np.mean(np.array(ratios) > 1):.0%}, by the median {median(ratios) - 1:+.1%};"
+        f" {os.cpu_count()} CPUs, {about['isa']}, {about['threads']} threads,"
+        f" load {os.getloadavg()[0]:.1f}"
     )
 
 

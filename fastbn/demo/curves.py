@@ -34,7 +34,7 @@ def draw(path: Path, trainers: Sequence[Trainer]) -> None:
         axes.set(xlabel="epoch", ylabel=metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
         if metric == "loss":
             axes.set_yscale("log")
     write_atomically(path, lambda file: figure.savefig(file, format="png"), option="--plot")
