@@ -118,7 +118,7 @@ def test_hyper_parameters_come_back(rng, path):
 
 @pytest.mark.parametrize("build", [mlp, resnet])
 def test_networks_come_back_to_the_bit(build, rng, path):
-    one, other = (build([1, 4, 3, 2], norm=True, rng=rng) for _ in range(2))
+    one, other = (build([1, 4, 3, 2], norm="batch", rng=rng) for _ in range(2))
     one.forward(rng.standard_normal((5, 1, *(() if build is mlp else (4, 4)))))
     fastbn.save(path, {"network": one})
     fastbn.load(path, {"network": other})
@@ -350,6 +350,17 @@ def test_what_was_loaded_is_taken_back_when_a_later_object_refuses(error, rng, p
         fastbn.load(path, objects)
     assert caught.value.__cause__ is error
     assert_same(states(objects), before)
+
+
+def test_an_object_that_notices_late_gets_its_state_back_too(rng, path):
+    network = resnet([1, 4, 3, 2], norm="batch", rng=rng)
+    state = {name: np.ones_like(value) for name, value in network.state_dict().items()}
+    state["3.end.running_var"][1] = -1
+    stored.save_file({f"network.{name}": value for name, value in state.items()}, path)
+    before = states({"network": network})
+    with pytest.raises(ValueError, match="network: running_var: expected values >= 0, got -1"):
+        fastbn.load(path, {"network": network})
+    assert_same(states({"network": network}), before)
 
 
 def test_ctrl_c_takes_back_as_well(rng, path):
