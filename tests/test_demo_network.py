@@ -210,6 +210,12 @@ def test_with_and_without_norm_weights_start_the_same(norm):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("build", [mlp, resnet])
+def test_a_norm_that_there_is_not(build, rng):
+    with pytest.raises(ValueError, match="norm: expected batch, instance or none, got True"):
+        build([1, 2, 3], norm=True, rng=rng)
+
+
 def test_a_block_with_gamma_at_zero_is_its_shortcut_at_first(rng):
     x = np.abs(rng.standard_normal((3, 2, 4, 4)))
     block = ResBlock(2, 2, norm="batch", zero_gamma=True, rng=rng, dtype=WIDE)

@@ -202,8 +202,10 @@ def norm_layers(
             return [BatchNorm(channels, activation=activation, dtype=dtype)]
         case "instance":
             return [InstanceNorm(channels, activation=activation, affine=True, dtype=dtype)]
-        case _:
+        case "none":
             return [ReLU()] if activation else []
+        case _:
+            raise ValueError(f"norm: expected batch, instance or none, got {norm!r}")
 
 
 def fold(network: Container, plain: Container) -> None:
