@@ -6,6 +6,7 @@ from fastbn import optim
 from fastbn._blocks import set_recycling
 from fastbn._dispatch import runtime_info
 from fastbn._pool import get_num_threads, set_num_threads
+from fastbn.checkpoint import load, save
 from fastbn.functional import (
     Moments,
     batch_moments,
@@ -34,10 +35,12 @@ __all__ = [
     "get_num_threads",
     "instance_norm",
     "instance_norm_backward",
+    "load",
     "merge_moments",
     "normalize",
     "optim",
     "runtime_info",
+    "save",
     "set_num_threads",
     "set_recycling",
     "update_statistics",

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -85,7 +86,16 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
     # Choices and ranges are checked in demo.train.Config, as those in a checkpoint must be too.
     add = train.add_argument_group("network").add_argument
     add("--model", metavar="mlp|resnet", help="default: mlp")
-    add("--norm", metavar="batch|none", help="default: batch")
+    add(
+        "--norm",
+        metavar="batch|instance|none",
+        help="instance norm, for the resnet, takes each image by itself (default: batch)",
+    )
+    add(
+        "--zero-gamma",
+        action="store_true",
+        help="start each block of the resnet as its shortcut: gamma of its last norm is 0 at first",
+    )
     add(
         "--hidden",
         type=_widths,
@@ -134,8 +144,16 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
     add(
         "--compare",
         action="store_true",
-        help="train the same network with and without batch norm, draw both (default: into"
-        " compare.png), and tell how many epochs each takes to 95%% validation accuracy",
+        help="train the same network with batch norm, for the resnet with instance norm, and"
+        " without, draw all (default: into compare.png), and tell how many epochs each takes to"
+        " 95%% validation accuracy",
+    )
+    add(
+        "--export",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="in the end, write weights and biases with each batch norm folded into them, and tell"
+        " whether the predictions are the same",
     )
     add("--save", type=Path, metavar="FILE", help="keep each finished epoch, to be resumed")
     add(
@@ -218,6 +236,7 @@ def _train(
     resume: Path | None = None,
     watch: Path | None = None,
     replay: Path | None = None,
+    export: Path | None = None,
     **given: Any,
 ) -> int:
     # Imported here: `info` does without the demo and its extras.
@@ -225,23 +244,32 @@ def _train(
     from fastbn.demo.curves import draw
     from fastbn.demo.data import load
     from fastbn.demo.files import check_writable
-    from fastbn.demo.train import DivergedError, Trainer, configure, load_checkpoint
+    from fastbn.demo.train import COMPARED, DivergedError, Trainer, configure, load_checkpoint
 
     trainers: list[Trainer] = []
     try:
         if watch or replay or (resume and resume.is_dir()):
-            others = (plot, compare, save, watch and resume, replay and (watch or resume or given))
+            others = (
+                plot,
+                compare,
+                save,
+                export,
+                watch and resume,
+                replay and (watch or resume or given),
+            )
             if any(others):
                 raise DemoError(
                     "a run in a folder: --watch and --resume cannot be used with each other,"
-                    " --plot, --compare or --save, and --replay with no other option"
+                    " --plot, --compare, --save or --export, and --replay with no other option"
                 )
             trainer = _train_in_folder(watch, resume, replay, given)
             print(f"test accuracy: {trainer.evaluate(trainer.data.test)[1]:.4f}")
             return 0
         if compare:
-            if save or resume or "norm" in given:
-                raise DemoError("--compare: cannot be used with --norm, --save or --resume")
+            if save or resume or export or "norm" in given:
+                raise DemoError(
+                    "--compare: cannot be used with --norm, --save, --resume or --export"
+                )
             plot = plot or Path("compare.png")
         # What would be lost after the training is found out before it.
         if plot:
@@ -253,6 +281,11 @@ def _train(
             if str(save.resolve()) == given.get("data"):
                 raise DemoError(f"--save: expected another file than that of --data, got {save}")
             check_writable(save, option="--save")
+        if export:
+            if export.suffix.lower() != ".safetensors":
+                raise DemoError(f"--export: expected the name of a .safetensors file, got {export}")
+            require("safetensors", extra="io")
+            check_writable(export, option="--export")
 
         if resume:
             if not save and (resume.parent / "log.jsonl").exists():
@@ -262,10 +295,20 @@ def _train(
                 )
             trainers.append(load_checkpoint(resume, given))
         else:
-            norms = ("batch", "none") if compare else (given.get("norm", "batch"),)
-            configs = [configure({**given, "norm": norm}) for norm in norms]
+            configs = [configure(given)]
+            if compare:
+                (first,) = configs
+                configs = [
+                    replace(first, norm=norm, zero_gamma=first.zero_gamma and norm != "none")
+                    for norm in COMPARED[first.model]
+                ]
             data = load(configs[0].data, configs[0].data_dir)
             trainers += [Trainer(config, data) for config in configs]
+        if export and trainers[0].config.norm == "instance":
+            raise DemoError(
+                "--export: expected --norm batch or none, as instance norm cannot be folded, got"
+                " --norm instance"
+            )
         for trainer in trainers:
             if compare:
                 print(f"{trainer.name}:")
@@ -274,7 +317,7 @@ def _train(
             except DivergedError as error:
                 if trainer is trainers[0]:
                     raise
-                print(error)  # what a network without batch norm may come to is worth seeing
+                print(error)  # what a network without norm may come to is worth seeing
 
         if plot:
             draw(plot, trainers)
@@ -285,6 +328,9 @@ def _train(
                 when = f"reached in epoch {epochs}" if epochs else "not reached"
                 accuracy = trainer.evaluate(trainer.data.test)[1]
                 print(f"{trainer.name}: 95% validation accuracy {when}; on test {accuracy:.4f}")
+        if export:
+            print(trainers[0].export(export))
+            print(f"weights: {export}")
         print(f"test accuracy: {trainers[0].evaluate(trainers[0].data.test)[1]:.4f}")
     except DemoError as error:
         print(f"fastbn train: error: {error}", file=sys.stderr)

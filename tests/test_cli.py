@@ -81,7 +81,8 @@ def test_help_names_every_option(capsys):
     status, out, _ = run(["train", "--help"], capsys)
     assert status == 0
     fields = [train.option(name) for name in train.Config.__dataclass_fields__]
-    for option in [*fields, "--plot", "--compare", "--save", "--resume", "--watch", "--replay"]:
+    files = ["--plot", "--compare", "--save", "--resume", "--watch", "--replay", "--export"]
+    for option in [*fields, *files]:
         assert f"  {option}" in out
 
 
@@ -131,7 +132,9 @@ def test_the_seed_decides_every_bit(blobs, capsys):
 
 def test_every_option_arrives(blobs, tmp_path, capsys):
     file = tmp_path / "run.npz"
-    options = "--model resnet --norm none --hidden 4 --optimizer momentum --lr 0.01"
+    options = (
+        "--model resnet --norm instance --zero-gamma --hidden 4 --optimizer momentum --lr 0.01"
+    )
     options += " --lr-decay staircase --decay-rate 0.25 --batch-size 20 --epochs 2 --seed 3"
     options += f" --data-dir {tmp_path} --save {file}"
     status, _, err = run([*blobs, *options.split()], capsys)
@@ -141,7 +144,8 @@ def test_every_option_arrives(blobs, tmp_path, capsys):
         data=str(tmp_path / "blobs.npz"),
         data_dir=str(tmp_path),
         model="resnet",
-        norm="none",
+        norm="instance",
+        zero_gamma=True,
         hidden=(4,),
         optimizer="momentum",
         lr=0.01,
@@ -170,12 +174,45 @@ def test_compare(blobs, tmp_path, capsys, monkeypatch):
     assert is_png(tmp_path / "compare.png")
     lines = out.splitlines()
     assert lines[0] == "with batch norm:"
-    assert lines[9] == "without batch norm:"
+    assert lines[9] == "without norm:"
     assert lines[-4] == "curves: compare.png"
     reached = r"95% validation accuracy (reached in epoch \d|not reached); on test (\d\.\d{4})"
-    assert re.fullmatch(f"without batch norm: {reached}", lines[-2])
+    assert re.fullmatch(f"without norm: {reached}", lines[-2])
     with_norm = re.fullmatch(f"with batch norm: {reached}", lines[-3])
     assert LAST_LINE.fullmatch(lines[-1])[1] == with_norm[2]
+
+
+def test_compare_of_resnets_has_instance_norm_too(blobs, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    options = [*blobs, "--compare", "--model", "resnet", "--zero-gamma", "--epochs", 1]
+    status, out, err = run(options, capsys)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    names = ["with batch norm:", "with instance norm:", "without norm:"]
+    assert lines[0:6:2] == names
+    assert [line.partition(" 95%")[0] for line in lines[-4:-1]] == names
+
+
+def test_export(blobs, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    path, file = tmp_path / "weights.safetensors", tmp_path / "run.npz"
+    status, out, err = run([*blobs, "--export", path, "--save", file], capsys)
+    assert (status, err) == (0, "")
+    told, named, _ = out.splitlines()[-3:]
+    assert told.startswith("predictions of the folded network: 28 of 28 the same; its logits")
+    assert named == f"weights: {path}"
+    content = path.read_bytes()
+    path.unlink()
+    assert run(["train", "--resume", file, "--export", path], capsys)[1].splitlines()[0] == told
+    assert path.read_bytes() == content
+
+
+def test_export_without_safetensors(blobs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    status, out, err = run([*blobs, "--export", tmp_path / "w.safetensors"], capsys)
+    assert (status, out) == (2, "")
+    assert err.endswith('None in sys.modules: pip install "fastbn[io]"\n')
 
 
 def test_compare_goes_on_when_only_the_plain_network_diverges(blobs, tmp_path, capsys, monkeypatch):
@@ -191,8 +228,8 @@ def test_compare_goes_on_when_only_the_plain_network_diverges(blobs, tmp_path, c
     path = tmp_path / "curves.png"
     status, out, err = run([*blobs, "--compare", "--plot", path], capsys)
     assert (status, err) == (0, "")
-    assert "without batch norm:\nthe loss is not finite any more\n" in out
-    assert "without batch norm: 95% validation accuracy not reached; on test" in out
+    assert "without norm:\nthe loss is not finite any more\n" in out
+    assert "without norm: 95% validation accuracy not reached; on test" in out
     assert is_png(path)
 
 
@@ -206,7 +243,7 @@ IN_A_FOLDER = "a run in a folder: --watch and --resume cannot be used with each 
         ("--epochs many", "argument --epochs: invalid int value: 'many'"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
         ("--model cnn", "--model: expected mlp or resnet, got 'cnn'"),
-        ("--norm layer", "--norm: expected batch or none, got 'layer'"),
+        ("--norm layer", "--norm: expected batch or instance or none, got 'layer'"),
         ("--epochs 0", "--epochs: expected an integer from 1, got 0"),
         ("--lr -1", "--lr: expected a positive number, got -1.0"),
         (
@@ -221,9 +258,18 @@ IN_A_FOLDER = "a run in a folder: --watch and --resume cannot be used with each 
         ("--plot curves.pdf", "--plot: expected the name of a .png file, got curves.pdf"),
         ("--plot none/curves.png", "--plot none/curves.png: cannot be written"),
         ("--save none/run.npz", "--save none/run.npz: cannot be written"),
-        ("--save .", "--save .: expected a file, got a folder or a device"),
+        ("--save .", "--save .: cannot be written: [Errno 17] expected a file, got a folder or"),
         ("--save BLOBS", "--save: expected another file than that of --data"),
-        ("--compare --norm none", "--compare: cannot be used with --norm, --save or --resume"),
+        ("--compare --norm none", "--compare: cannot be used with --norm, --save, --resume or"),
+        ("--compare --export w.safetensors", "--compare: cannot be used with"),
+        ("--norm instance", "--norm: expected batch or none with --model mlp"),
+        ("--zero-gamma", "--zero-gamma: expected --model resnet with a norm, got True"),
+        ("--export w.npz", "--export: expected the name of a .safetensors file, got w.npz"),
+        ("--export none/w.safetensors", "--export none/w.safetensors: cannot be written"),
+        (
+            "--model resnet --norm instance --export w.safetensors",
+            "--export: expected --norm batch or none, as instance norm cannot be folded",
+        ),
         ("--compare --save run.npz", "--compare: cannot be used with"),
         ("--compare --resume run.npz", "--compare: cannot be used with"),
         ("--resume none.npz", "--resume none.npz: no such file"),
@@ -243,6 +289,8 @@ IN_A_FOLDER = "a run in a folder: --watch and --resume cannot be used with each 
 def test_errors_are_one_line(options, message, blobs, tmp_path, capsys, monkeypatch):
     if any(option in options for option in ("--plot", "--compare", "--watch", "--resume .")):
         pytest.importorskip("matplotlib")
+    if "--export" in options:
+        pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
     words = [word.replace("BLOBS", "blobs.npz") for word in options.split()]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -17,7 +17,7 @@ def draw(
     undone: Sequence[tuple[int, Sequence[Epoch]]] = (),
     option: str = "--plot",
 ) -> None:
-    """Draw the curves of networks of the same kind, with and without batch norm, as a PNG.
+    """Draw the curves of networks of the same kind, with different norms or none, as a PNG.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def draw(
         f" {config.optimizer}, learning rate {lr or config.lr:g}"
     )
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for trainer, color in zip(trainers, ("C0", "C1"), strict=False):
+        for trainer, color in zip(trainers, ("C0", "C1", "C2"), strict=False):
             for part, style in (("training", "--"), ("validation", "-")):
                 key = metric if part == "training" else f"validation_{metric}"
                 if trainer is trainers[0]:
@@ -74,7 +74,7 @@ def draw(
         axes.set(xlabel="epoch", ylabel=metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
         if metric == "loss":
             axes.set_yscale("log")
     write_atomically(path, lambda file: figure.savefig(file, format="png"), option=option)

@@ -12,27 +12,29 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+import fastbn
 from fastbn import optim
 from fastbn.demo import DemoError, require
-from fastbn.demo.data import Data, Examples, load
-from fastbn.demo.files import one_line, read_npz, write_atomically
+from fastbn.demo.data import Array, Data, Examples, load
+from fastbn.demo.files import one_line, read_npz, refusals, write_atomically
 from fastbn.demo.layers import softmax_cross_entropy
-from fastbn.demo.network import Sequential, mlp, resnet
+from fastbn.demo.network import Part, Sequential, fold, mlp, resnet
 
 Epoch: TypeAlias = dict[str, float]
 
 CHOICES = {
     "model": ("mlp", "resnet"),
-    "norm": ("batch", "none"),
+    "norm": ("batch", "instance", "none"),
     "optimizer": ("sgd", "momentum", "rmsprop", "adam"),
     "lr_decay": ("none", "inverse", "exponential", "staircase", "cosine"),
 }
+COMPARED = {"mlp": ("batch", "none"), "resnet": ("batch", "instance", "none")}
 EPOCHS = {"mlp": 20, "resnet": 10}
 HIDDEN = {"mlp": (256, 128), "resnet": (16, 32)}
 LR = {"sgd": 0.3, "momentum": 0.05, "rmsprop": 2e-3, "adam": 3e-3}
 DECAY_RATE = {"inverse": 1.0, "exponential": 0.9, "staircase": 0.5}
 METRICS = ("loss", "accuracy", "validation_loss", "validation_accuracy")
-CHECKPOINT = "fastbn demo checkpoint 1"
+CHECKPOINT = "fastbn demo checkpoint 2"
 
 
 class DivergedError(DemoError):
@@ -53,6 +55,7 @@ class Config:
     data_dir: str
     model: str
     norm: str
+    zero_gamma: bool
     hidden: tuple[int, ...]
     optimizer: str
     lr: float
@@ -66,6 +69,12 @@ class Config:
         # A checkpoint can bring any type: `type(n) is int` keeps True and 3.0 out as well.
         for name, choices in CHOICES.items():
             self._expect(name, getattr(self, name) in choices, " or ".join(choices))
+        if self.model == "mlp":
+            words = "batch or none with --model mlp, where an example has no positions to average"
+            self._expect("norm", self.norm != "instance", words)
+        self._expect("zero_gamma", type(self.zero_gamma) is bool, "True or False")
+        blocks = self.model == "resnet" and self.norm != "none"
+        self._expect("zero_gamma", blocks or not self.zero_gamma, "--model resnet with a norm")
         for name in ("data", "data_dir"):
             self._expect(name, type(getattr(self, name)) is str, "text")
         least = {"batch_size": 2 if self.norm == "batch" else 1, "epochs": 1, "seed": 0}
@@ -97,6 +106,7 @@ def configure(given: Mapping[str, Any]) -> Config:
         "data": "digits",
         "data_dir": str(Path("fashion-mnist").resolve()),
         "norm": "batch",
+        "zero_gamma": False,
         "hidden": HIDDEN.get(names["model"]),
         "lr": LR.get(names["optimizer"]),
         "decay_rate": DECAY_RATE.get(names["lr_decay"]),
@@ -136,10 +146,7 @@ class Trainer:
             )
         self.config, self.data = config, data
         self.rng = np.random.default_rng(config.seed)
-        build = mlp if config.model == "mlp" else resnet
-        self.network: Sequential = build(
-            layer_sizes(config, data), norm=config.norm == "batch", rng=self.rng
-        )
+        self.network = build(config, data, self.rng)
         self.optimizer = make_optimizer(config, self.network)
         self.history: list[Epoch] = []
         self.saved: Path | None = None
@@ -147,7 +154,7 @@ class Trainer:
     @property
     def name(self) -> str:
         """What tells this network from that of another run."""
-        return "with batch norm" if self.config.norm == "batch" else "without batch norm"
+        return "without norm" if self.config.norm == "none" else f"with {self.config.norm} norm"
 
     def run(self, save: Path | None = None) -> None:
         """Train up to ``config.epochs``, print a line an epoch, and save each one to a file.
@@ -208,12 +215,8 @@ class Trainer:
     def evaluate(self, examples: Examples) -> tuple[float, float]:
         """Return loss and accuracy in evaluation mode: batch norm uses its running statistics."""
         x, y = examples
-        self.network.eval()
+        logits = evaluate(self.network, x)
         with np.errstate(all="ignore"):
-            # A hundred at a time bounds the memory; in this mode it changes nothing.
-            logits = np.concatenate(
-                [self.network.forward(x[start : start + 100]) for start in range(0, len(x), 100)]
-            )
             loss, _ = softmax_cross_entropy(logits, y)
         return loss, float((logits.argmax(axis=1) == y).mean())
 
@@ -241,6 +244,34 @@ class Trainer:
         arrays = self.state()
         write_atomically(path, lambda file: np.savez(file, **arrays), option=option)
         self.saved = path
+
+    def export(self, path: Path) -> str:
+        """Write the weights and biases of the network with each batch norm folded into them.
+
+        Returns
+        -------
+        str
+            What a network without norm, read back from the file, makes of the test examples.
+
+        Raises
+        ------
+        DemoError
+            If safetensors is missing or the file cannot be written.
+        """
+        require("safetensors.numpy", extra="io")
+        plain = dataclasses.replace(self.config, norm="none", zero_gamma=False)
+        first, second = (build(plain, self.data, np.random.default_rng()) for _ in range(2))
+        fold(self.network, first)
+        with refusals(path, "--export"):
+            fastbn.save(path, trained_layers(first))
+            fastbn.load(path, trained_layers(second))
+        x, _ = self.data.test
+        logits, folded = evaluate(self.network, x), evaluate(second, x)
+        same = np.count_nonzero(logits.argmax(axis=1) == folded.argmax(axis=1))
+        return (
+            f"predictions of the folded network: {same} of {len(x)} the same; its logits, up to"
+            f" {np.abs(logits).max():.3g}, differ by at most {np.abs(folded - logits).max():.2g}"
+        )
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
@@ -277,7 +308,12 @@ def load_checkpoint(
     foreign = DemoError(f"{option} {path}: not a checkpoint of `fastbn train --save`, or damaged")
     try:
         about = json.loads(str(arrays["about"]))
-        if about["format"] != CHECKPOINT:
+        written = str(about["format"])
+        if written != CHECKPOINT and written.startswith(CHECKPOINT[:-1]):
+            foreign = DemoError(
+                f"--resume {path}: expected a {CHECKPOINT}, got a {written}, of another version"
+            )
+        if written != CHECKPOINT:
             raise foreign
         saved = about["config"]
         config = Config(**{**saved, "hidden": tuple(saved["hidden"])})
@@ -337,13 +373,43 @@ def layer_sizes(config: Config, data: Data) -> list[int]:
     shape = data.train[0].shape[1:]
     if config.model == "resnet" and len(shape) != 3:
         raise DemoError(f"--model resnet: expected images, got examples of shape {shape}")
+    if config.norm == "instance":
+        halved = 2 ** (len(config.hidden) - 1)
+        if all(size <= halved for size in shape[1:]):
+            raise DemoError(
+                "--norm instance: expected blocks few enough to leave more than one pixel, got"
+                f" {len(config.hidden)} of --hidden, each but the first halving {shape[1:]}"
+            )
     n_in = math.prod(shape) if config.model == "mlp" else shape[0]
     return [n_in, *config.hidden, data.classes]
 
 
+def build(config: Config, data: Data, rng: np.random.Generator) -> Sequential:
+    """Build the network."""
+    sizes = layer_sizes(config, data)
+    if config.model == "mlp":
+        return mlp(sizes, norm=config.norm, rng=rng)
+    return resnet(sizes, norm=config.norm, zero_gamma=config.zero_gamma, rng=rng)
+
+
+def evaluate(network: Sequential, x: Array) -> Array:
+    """Return the logits, shape (m, K), in evaluation mode."""
+    network.eval()
+    with np.errstate(all="ignore"):
+        # A hundred at a time bounds the memory; in this mode it changes nothing.
+        return np.concatenate(
+            [network.forward(x[start : start + 100]) for start in range(0, len(x), 100)]
+        )
+
+
+def trained_layers(network: Sequential) -> dict[str, Part]:
+    """Return the layers with parameters, by name."""
+    return {name: layer for name, layer in network.leaves().items() if layer.params}
+
+
 def make_optimizer(config: Config, network: Sequential) -> optim.Optimizer:
     """Build the optimizer of the network's parameters."""
-    layers = [layer for layer in network.leaves().values() if layer.params]
+    layers = list(trained_layers(network).values())
     match config.optimizer:
         case "sgd":
             return optim.SGD(layers, config.lr)
