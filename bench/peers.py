@@ -22,6 +22,9 @@ class UnavailableError(ImportError):
     """The library is there, but cannot take part here."""
 
 
+FUSED = ("forward_relu", "backward_relu", "forward_add_relu", "backward_add_relu")
+
+
 class Peer:
     outputs = ("out", "fresh")
     dtypes = ("float32",)
@@ -46,6 +49,8 @@ class Peer:
             and workload.dtype in cls.dtypes
             and operation in cls.operations
             and (cls.families is None or workload.family in cls.families)
+            # Nobody has out= for these, and three steps of NumPy would take all day.
+            and (operation not in FUSED or (output == "fresh" and workload.family == "ResNet-50"))
         )
 
 
@@ -53,14 +58,17 @@ class Ceiling(Peer):
     """Copying x, or adding dy to it: no batch norm can move fewer bytes."""
 
     dtypes = ("float32", "float64", "float16", "bfloat16")
+    operations = (*Peer.operations, *FUSED[:3])  # the last one moves as much as nothing of NumPy
 
     def forward(self, out):
         return self._ways(np.copyto, out, self.data.x)
 
-    inference = forward
+    inference = forward_relu = forward
 
     def backward(self, out):
         return self._ways(_add, out, self.data.x, self.data.dy)
+
+    backward_relu = forward_add_relu = backward
 
     def _ways(self, move, out, *arrays):
         if self.data.x.itemsize == 2:  # NumPy computes these value by value; bytes are bytes
@@ -105,6 +113,7 @@ def _pool(workers):
 
 class Fastbn(Peer):
     dtypes = ("float32", "float64", "float16", "bfloat16")
+    operations = (*Peer.operations, *FUSED)
     functions = (fastbn.batch_norm, fastbn.batch_norm_backward, fastbn.batch_norm_inference)
 
     def prepare(self):
@@ -128,11 +137,49 @@ class Fastbn(Peer):
         function = partial(self.functions[2], d.x, d.mean, d.var, d.gamma, d.beta)
         return {"": partial(function, axis=d.axis, eps=EPS, out=out)}
 
+    def forward_relu(self, out):
+        return self._fused(self.data.clear_of_zero, None, out)
+
+    def forward_add_relu(self, out):
+        return self._fused(self.data.x, self.data.residual, out)
+
+    def _fused(self, x, residual, out):
+        d = self.data
+        options = {"axis": d.axis, "eps": EPS, "activation": "relu", "residual": residual}
+        return {"": partial(fastbn.batch_norm, x, d.gamma, d.beta, out=out, **options)}
+
+    def backward_relu(self, out):
+        _, saved = self.forward_relu(None)[""]()
+        return {"": partial(fastbn.batch_norm_backward, self.data.dy, saved, out=out)}
+
+    def backward_add_relu(self, out):
+        _, saved = self.forward_add_relu(None)[""]()
+        return {"": partial(fastbn.batch_norm_backward, self.data.dy, saved, out=out)}
+
+
+class Plain(Fastbn):
+    """What nothing is fused with, for the price of what is."""
+
+    dtypes = ("float32",)
+    operations = FUSED
+
+    def forward_relu(self, out):
+        return self.forward(out)
+
+    def backward_relu(self, out):
+        return self.backward(out)
+
+    forward_add_relu, backward_add_relu = forward_relu, backward_relu
+
+    def array(self, _result):
+        return None  # something else
+
 
 class Numpy(Fastbn):
     """The same calls of plain NumPy, which has one thread whatever it is given."""
 
     dtypes = ("float32",)
+    operations = Peer.operations
     functions = (plain_numpy.forward, plain_numpy.backward, plain_numpy.inference)
 
     def prepare(self):
@@ -140,6 +187,8 @@ class Numpy(Fastbn):
 
 
 class Torch(Peer):
+    operations = (*Peer.operations, *FUSED)
+
     def prepare(self):
         import torch
 
@@ -194,6 +243,45 @@ class Torch(Peer):
             }
             ways["native_batch_norm_backward.out"] = partial(operator.out, *fixed, **outputs)
         return ways
+
+    def forward_relu(self, _out):
+        return self._steps(self.data.clear_of_zero)
+
+    def forward_add_relu(self, _out):
+        return self._steps(self.data.x, self.data.residual)
+
+    def _steps(self, x, residual=None):
+        """One step after the other, as one writes it, and in place where that is possible."""
+        torch, x = self.torch, self.tensor(x)
+        addend = None if residual is None else self.tensor(residual)
+        arguments = (x, self.gamma, self.beta, None, None, True, 0.1, EPS)
+
+        def new():
+            y, mean, rstd = torch.native_batch_norm(*arguments)
+            return torch.relu(y if addend is None else y + addend), mean, rstd
+
+        def in_place():
+            y, mean, rstd = torch.native_batch_norm(*arguments)
+            return torch.relu_(y if addend is None else y.add_(addend)), mean, rstd
+
+        return {"steps": new, "steps in place": in_place}
+
+    def backward_relu(self, _out):
+        return self._steps_back(self.forward_relu, self.data.clear_of_zero)
+
+    def backward_add_relu(self, _out):
+        return self._steps_back(self.forward_add_relu, self.data.x)
+
+    def _steps_back(self, forward, x):
+        """Through ReLU, whose gradient is that of the residual too, and then batch norm."""
+        y, mean, rstd = forward(None)["steps"]()
+        fixed = (self.tensor(x), self.gamma, None, None, mean, rstd, True, EPS, [True] * 3)
+
+        def steps():
+            g = self.aten.threshold_backward(self.dy, y, 0)
+            return (*self.aten.native_batch_norm_backward(g, *fixed), g)
+
+        return {"steps": steps}
 
 
 class Jax(Peer):
@@ -428,6 +516,7 @@ def _only_all_cores(threads, name):
 PEERS = {
     "ceiling": Ceiling,
     "fastbn": Fastbn,
+    "plain": Plain,
     "numpy": Numpy,
     "torch": Torch,
     "onednn": OneDnn,

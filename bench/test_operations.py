@@ -14,7 +14,11 @@ from peers import PEERS
 from race import fastest, replay_clock
 from workloads import THREADS, WORKLOADS, Workload, data
 
-MOVED = {"forward": 2, "backward": 3, "inference": 2}  # arrays read and written at least
+# Arrays read and written at least. The backward pass that has a residual writes two.
+MOVED = {
+    "forward": 2, "backward": 3, "inference": 2,
+    "forward_relu": 2, "backward_relu": 3, "forward_add_relu": 3, "backward_add_relu": 4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

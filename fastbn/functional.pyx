@@ -43,7 +43,7 @@ cnp.import_array()
 cdef enum:
     OTHER = -1           # a type that kernels do not take
     SMALL = 1 << 15      # values: a call below is over before another thread would get the GIL
-    RECYCLED = 8 << 20   # bytes: malloc may give larger blocks back, and new pages fault
+    RECYCLED = 2 << 20   # bytes: malloc may give larger blocks back, and new pages fault
     LANES = 16           # values in a pack, and signs in a word
 
 cdef Run run

@@ -17,7 +17,7 @@ from support import python
 import fastbn
 from fastbn import _blocks
 
-SHAPE = (2, 3, 1_500_000)  # 36 MB of float32; malloc keeps up to 32 MB by itself
+SHAPE = (2, 3, 1_500_000)  # 36 MB of float32; large enough to be recycled
 SIZE = 4 * 2 * 3 * 1_500_000
 X = np.zeros(SHAPE, np.float32)  # never written, so hardly any memory
 
