@@ -95,6 +95,7 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
     Pack[T] load_values[T](const T* type, const void* values, Py_ssize_t i)
     double get_value[T](const T* type, const void* values, Py_ssize_t i)
     double value_of[T](const T* p)
+    double leak_one[T](const T* p, unsigned sign, double slope)
     const T* at[T](const T* p, Py_ssize_t i)  # NULL stays NULL
 
 cdef extern from *:
@@ -164,6 +165,7 @@ cdef struct Work:
     double* sums           # two of each channel (or lane) and block
     double* k              # what the sums of a gradient are shifted by, a channel (or lane)
     bint shifted           # whether any of those is not 0
+    double cancelled       # the part of itself down to which sum(x * x) may cancel
     Py_ssize_t tile        # channels in a tile of runs
     void* table            # coefficients of each channel from `begin` on
     Py_ssize_t row         # from one row of it to the next
@@ -492,6 +494,7 @@ cdef Py_ssize_t run_typed(const real* x, Job* job, int threads, double* scratch)
     w.begin = 0
     w.shifted = False
     w.threads = threads
+    w.cancelled = CANCELLED if job.out != NULL else 1  # who asks for moments alone wants each digit
     needed = lay_out(x, &w, scratch)
     if scratch == NULL:
         return needed

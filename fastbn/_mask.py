@@ -27,7 +27,7 @@ class Valid:
 
     def __init__(self, mask: ArrayLike, x: Array, axis: int) -> None:
         mask = np.array(mask)  # a copy: the backward pass goes by it
-        expected = tuple(np.delete(x.shape, axis))
+        expected = tuple(n for i, n in enumerate(x.shape) if i != axis % x.ndim)
         if mask.dtype != bool:
             raise TypeError(f"mask: expected bool, got {mask.dtype}")
         if mask.shape != expected:

@@ -56,8 +56,9 @@ cdef void moments_of_rows(
     double* a, double* b,                                        # IN/OUT: sums, moments
 ) noexcept nogil:
     """Turn the sums of a block into its moments, after summing it again where they cancel."""
-    cdef Pack[double] one = fill(1.0), zero = fill(0.0), limit = fill(CANCELLED)
+    cdef Pack[double] one = fill(1.0), zero = fill(0.0), limit = fill(w.cancelled)
     cdef Pack[double] per_row = fill(1.0 / rows), sa, sb, k, m2
+    cdef double rounded[LANES]
     cdef Py_ssize_t j
     cdef int lanes
     for j from 0 <= j < w.width by LANES:
@@ -66,7 +67,9 @@ cdef void moments_of_rows(
         k = load_wide(block + j, lanes) if real is double else zero
         m2 = sb - sa * sa * per_row
         if sum_lanes(where_less(m2, sb * limit, one, zero)) > 0:
-            k = where_less(m2, sb * limit, k + sa * per_row, k)
+            # Rounded, so that d * d is exact, where x is no float64.
+            sa = put_values(x, rounded, 0, k + sa * per_row, LANES)
+            k = where_less(m2, sb * limit, sa, k)
             sa = sb = zero
             add_rows(w.job, block + j, <const real*>NULL, w.stride, rows, lanes, k, True, &sa, &sb)
             m2 = sb - sa * sa * per_row
@@ -148,6 +151,8 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
     cdef double* second = job.var if dy == NULL else job.dgamma
     cdef Py_ssize_t block, c, f, i, j, channels = w.end - w.begin
     cdef const real* last_x = x + w.count * w.stride
+    cdef const real* last_dy
+    cdef Py_ssize_t bit
     cdef double n, block_n, g
     for block in range(1, w.blocks):
         merge_lanes(w, block)
@@ -174,7 +179,11 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
                 first[c] += a[j]
                 second[c] += b[j]
                 if j < w.tail:
-                    g = value_of(dy + w.count * w.stride + j)
+                    last_dy = dy + w.count * w.stride + j
+                    g = value_of(last_dy)
+                    if job.signs != NULL:
+                        bit = job.first_bit + (last_dy - <const real*>job.dy)
+                        g = leak_one(last_dy, get_bits(job.signs, bit) & 1, job.slope)
                     first[c] += g
                     second[c] += g * (value_of(last_x + j) - k[j])
 

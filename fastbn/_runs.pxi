@@ -135,6 +135,7 @@ cdef void finish_block(
 ) noexcept nogil:
     """Sum a block again where that is needed; of x make moments."""
     cdef double k = 0, n = <double>block.length * (block.end_row - block.first_row)
+    cdef double rounded[1]
     if dy != NULL:
         if real is double or w.k[c] != 0:
             sum_shifted_block(x, dy, w, c, block, w.k[c], &sums[0], &sums[1])
@@ -142,8 +143,9 @@ cdef void finish_block(
     if real is double:
         k = value_of(x + (block.first_row * w.job.channels + c) * w.job.inner + block.first)
         sum_shifted_block(x, dy, w, c, block, k, &sums[0], &sums[1])
-    if sums[1] - sums[0] * sums[0] / n < sums[1] * CANCELLED:
-        k += sums[0] / n
+    if sums[1] - sums[0] * sums[0] / n < sums[1] * w.cancelled:
+        put_value(x, rounded, 0, k + sums[0] / n)  # so that d * d is exact, where x is no float64
+        k = get_value(x, rounded, 0)
         sum_shifted_block(x, dy, w, c, block, k, &sums[0], &sums[1])
     sums[1] -= sums[0] * sums[0] / n
     sums[0] = (k - value_of(x + c * w.job.inner)) + sums[0] / n

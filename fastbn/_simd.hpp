@@ -674,7 +674,7 @@ template <class T> constexpr std::size_t element_size(const T*) { return sizeof(
 template <class T> INLINE void put_value(const T*, void* values, std::ptrdiff_t i, double v) {
     ((Element<T>*)values)[i] = (Element<T>)v;
 }
-// Returns what is left of the values after rounding.
+// Returns the values as they were rounded.
 template <class T> INLINE Pack<double> put_values(
     const T*, void* values, std::ptrdiff_t i, Pack<double> a, int lanes
 ) {
@@ -697,6 +697,10 @@ template <class T> INLINE Pack<T> load_values(const T*, const void* values, std:
 template <class T> INLINE const T* at(const T* p, std::ptrdiff_t i) { return p ? p + i : p; }
 template <class T> INLINE double value_of(const T* p) {
     if constexpr (sizeof(T) == 2) return widened(*p); else return *p;
+}
+// As `leak`, of one value.
+template <class T> INLINE double leak_one(const T* p, unsigned sign, double slope) {
+    return sign ? value_of(p) : slope == 0 ? 0 : (Element<T>)value_of(p) * (Element<T>)slope;
 }
 
 }  // namespace

@@ -23,6 +23,13 @@ and on the validation examples afterwards; the last line of all gives the accura
 examples. The same options give the same bits.
 """
 
+NUDGE = """
+Change something in a training that `fastbn train --watch FOLDER` has under way. It is done at the
+start of the next epoch; nudges are taken one after the other, in the order in which they were
+given. What cannot be done is refused: at once, or where only the training can tell, by a line that
+it prints and logs. Where none is going on, a nudge waits for `fastbn train --resume FOLDER`.
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and leaves the usage to --help."""
@@ -62,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _add_train_options(train)
     train.set_defaults(run=_train)
+    nudge = commands.add_parser(
+        "nudge",
+        help="change something in a training under way",
+        description=NUDGE,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_nudge_options(nudge)
+    nudge.set_defaults(run=_nudge)
     given = vars(parser.parse_args(argv))
     run = given.pop("run")
     return int(run(**given))
@@ -144,10 +159,49 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
     add(
         "--resume",
         type=Path,
-        metavar="FILE",
+        metavar="FILE|FOLDER",
         help="go on from a saved epoch with all options as they were (only --epochs may be"
-        " raised), and go on saving to the same file unless --save names another",
+        " raised), and go on saving to the same file unless --save names another; or with the run"
+        " in a folder of --watch that was killed or stopped, or is to have more epochs",
     )
+    add = train.add_argument_group("babysitting").add_argument
+    add(
+        "--watch",
+        type=Path,
+        metavar="FOLDER",
+        help="keep curves.png and curves.csv, renewed each epoch, log.jsonl and checkpoints in a"
+        " new folder, and take the nudges of `fastbn nudge FOLDER`. Checkpoints are kept of the"
+        " last ten epochs, of that with the best validation accuracy, and of those right before"
+        " and right after a nudge",
+    )
+    add(
+        "--replay",
+        type=Path,
+        metavar="FOLDER",
+        help="train the run in a folder of --watch again, nudges and all, from its log alone, and"
+        " compare every bit, to the last checkpoint; it needs the same versions and data",
+    )
+
+
+def _add_nudge_options(nudge: argparse.ArgumentParser) -> None:
+    add = nudge.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="that of --watch")
+    add(
+        "--rollback",
+        type=int,
+        metavar="EPOCH",
+        help="go back to the end of an epoch whose checkpoint is kept, or with 0 to the start:"
+        " parameters, learning rate, momentum and random numbers are as they were. Later epochs"
+        " are left in the curves, pale; other options given with it are done after it",
+    )
+    add(
+        "--lr",
+        type=float,
+        help="learning rate, as in `train --lr`: that of epoch 0, which --lr-decay goes on making"
+        " smaller as if it had been so from the start",
+    )
+    add("--momentum", type=float, help="of --optimizer momentum, or beta1 of adam")
+    add("--stop", action="store_true", help="end the run; `train --resume FOLDER` goes on with it")
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -180,10 +234,12 @@ def _train(
     compare: bool = False,
     save: Path | None = None,
     resume: Path | None = None,
+    watch: Path | None = None,
+    replay: Path | None = None,
     export: Path | None = None,
     **given: Any,
 ) -> int:
-    # Imported here: the other commands do without the demo and its extras.
+    # Imported here: `info` does without the demo and its extras.
     from fastbn.demo import DemoError, require
     from fastbn.demo.curves import draw
     from fastbn.demo.data import load
@@ -192,6 +248,23 @@ def _train(
 
     trainers: list[Trainer] = []
     try:
+        if watch or replay or (resume and resume.is_dir()):
+            others = (
+                plot,
+                compare,
+                save,
+                export,
+                watch and resume,
+                replay and (watch or resume or given),
+            )
+            if any(others):
+                raise DemoError(
+                    "a run in a folder: --watch and --resume cannot be used with each other,"
+                    " --plot, --compare, --save or --export, and --replay with no other option"
+                )
+            trainer = _train_in_folder(watch, resume, replay, given)
+            print(f"test accuracy: {trainer.evaluate(trainer.data.test)[1]:.4f}")
+            return 0
         if compare:
             if save or resume or export or "norm" in given:
                 raise DemoError(
@@ -215,6 +288,11 @@ def _train(
             check_writable(export, option="--export")
 
         if resume:
+            if not save and (resume.parent / "log.jsonl").exists():
+                raise DemoError(
+                    f"--resume {resume}: expected --save with another file, or the folder alone:"
+                    " this one belongs to a run of --watch"
+                )
             trainers.append(load_checkpoint(resume, given))
         else:
             configs = [configure(given)]
@@ -258,9 +336,46 @@ def _train(
         print(f"fastbn train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if replay:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+        if watch and (watch / "log.jsonl").exists():
+            resume = watch
         saved = trainers[0].saved if trainers else resume
         print(f"\ninterrupted: {_how_to_resume(saved, plot, export)}", file=sys.stderr)
         return 130
+    return 0
+
+
+def _train_in_folder(
+    watch: Path | None, resume: Path | None, replay: Path | None, given: dict[str, Any]
+) -> Trainer:
+    from fastbn.demo import watch as run
+    from fastbn.demo.train import configure
+
+    if replay:
+        return run.replay(replay)
+    folder = watch or resume
+    assert folder
+    trainer = run.start(watch, configure(given)) if watch else run.resume(folder, given)
+    print(f"curves: {folder / 'curves.png'}")
+    return trainer
+
+
+def _nudge(*, folder: Path, **given: Any) -> int:
+    from fastbn.demo import DemoError
+    from fastbn.demo.watch import Nudge, send
+
+    try:
+        nudge = Nudge(**given)
+        trains = send(folder, nudge)
+    except DemoError as error:
+        print(f"fastbn nudge: error: {error}", file=sys.stderr)
+        return 2
+    when = "the next epoch begins"
+    if not trains:
+        when = f"{shlex.join(['fastbn', 'train', '--resume', str(folder)])} goes on"
+    print(f"sent, for when {when}: {nudge}")
     return 0
 
 

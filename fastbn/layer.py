@@ -1,275 +1,23 @@
-"""The normalisation layers: parameters, running statistics and hooks around the functions."""
+"""The normalisation layers, as PyTorch has them, around the functions."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
-from operator import index
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import functional
-from fastbn._hooks import Handle, HookList
-from fastbn.functional import Cache, Moments, merge_moments
+from fastbn._norm import Array, Norm, as_integer, as_number, as_values
+from fastbn.functional import merge_moments
 
 if TYPE_CHECKING:
-    from fastbn.functional import Activation
-
-Array = NDArray[Any]
+    from fastbn.functional import Activation, Cache
 
 
-class _Norm(ABC):
-    """What the layers share; each says how a minibatch is normalised, and tracked."""
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        axis: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        dtype: DTypeLike,
-        activation: Activation,
-    ) -> None:
-        self.num_features = _integer("num_features", num_features, least=1)
-        self.axis = _integer("axis", axis)
-        self.eps = _number("eps", eps)
-        if not (isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
-        self.momentum = None if momentum is None else _number("momentum", momentum)
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum}")
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
-        if activation not in (None, "relu", "leaky_relu"):
-            raise ValueError(
-                f"activation: expected None, 'relu' or 'leaky_relu', got {activation!r}"
-            )
-        self.activation = activation
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.training = True
-        self.params: dict[str, Array] = {}
-        self.grads: dict[str, Array] = {}
-        if affine:
-            self.params["gamma"] = np.ones(self.num_features, self.dtype)
-            self.params["beta"] = np.zeros(self.num_features, self.dtype)
-            self.grads["gamma"] = np.zeros(self.num_features, self.dtype)
-            self.grads["beta"] = np.zeros(self.num_features, self.dtype)
-        self.running_mean = np.zeros(self.num_features) if track_running_stats else None
-        self.running_var = np.ones(self.num_features) if track_running_stats else None
-        self.num_batches_tracked = 0
-        self._cache: Cache | None = None
-        self._seen: list[Moments] | None = None  # what update_statistics collects
-        self._grad_hooks = HookList()
-
-    @property
-    def gamma(self) -> Array:
-        """The scale, shape (C,); assigning writes into the same array."""
-        return self._parameter("gamma")
-
-    @gamma.setter
-    def gamma(self, value: ArrayLike) -> None:
-        self._parameter("gamma")[...] = _values("gamma", value, self.num_features)
-
-    @property
-    def beta(self) -> Array:
-        """The shift, shape (C,); assigning writes into the same array."""
-        return self._parameter("beta")
-
-    @beta.setter
-    def beta(self, value: ArrayLike) -> None:
-        self._parameter("beta")[...] = _values("beta", value, self.num_features)
-
-    def _parameter(self, name: str) -> Array:
-        if not self.affine:
-            raise AttributeError(f"{name}: this layer has none, it was made with affine=False")
-        return self.params[name]
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch to training (or, with ``mode=False``, to evaluation); return the layer."""
-        self.training = bool(mode)
-        return self
-
-    def eval(self) -> Self:
-        """Switch to evaluation, which uses the running statistics; return the layer."""
-        return self.train(False)
-
-    @abstractmethod
-    def _by_minibatch(
-        self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
-    ) -> tuple[Array, Cache]:
-        """Normalise x, known to have the right channels, by its own statistics."""
-
-    @abstractmethod
-    def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
-        """Move the running mean and var, in place, towards those of a minibatch."""
-
-    def _forward(
-        self, x: ArrayLike, residual: ArrayLike | None, mask: ArrayLike | None = None
-    ) -> Array:
-        if not isinstance(x, np.ndarray):
-            try:
-                x = np.asarray(x)
-            except ValueError as error:
-                raise ValueError(f"x: expected an array_like of numbers, got {error}") from None
-        if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
-            raise ValueError(
-                f"x: expected {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
-            )
-        if not self.training and self.running_mean is not None and self.running_var is not None:
-            y, self._cache = functional.inference_with_cache(
-                x,
-                self.running_mean,
-                self.running_var,
-                self.params.get("gamma"),
-                self.params.get("beta"),
-                self.axis,
-                self.eps,
-                self.activation,
-                residual,
-                mask,
-            )
-            return y
-        y, self._cache = self._by_minibatch(x, residual, mask)
-        if self.training and self._seen is not None:
-            self._seen.append(self._cache.moments)
-        elif self.training and self.running_mean is not None and self.running_var is not None:
-            self.num_batches_tracked += 1
-            weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-            self._move_running(self._cache, self.running_mean, self.running_var, weight)
-        return y
-
-    def backward(self, dy: ArrayLike) -> Any:
-        """Take the gradient of the loss back through the last `forward`.
-
-        Fills `grads`, then runs the hooks of `register_grad_hook`. After a forward pass in
-        evaluation with running statistics, those count as constants.
-
-        Parameters
-        ----------
-        dy : array_like
-            Gradient of the loss with respect to y: of its shape and dtype.
-
-        Returns
-        -------
-        ndarray
-            dx, the gradient with respect to x. Where `forward` was given a residual, a pair:
-            (dx, dresidual).
-
-        Raises
-        ------
-        RuntimeError
-            If there was no forward pass.
-        TypeError, ValueError
-            If dy is of another dtype or shape than x was.
-        """
-        if self._cache is None:
-            raise RuntimeError("backward: there was no forward pass to go back through")
-        dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(dy, self._cache)
-        if self.affine:
-            self.grads["gamma"][...] = dgamma
-            self.grads["beta"][...] = dbeta
-        self._grad_hooks.run(self)
-        return (dx, *dresidual) if dresidual else dx
-
-    def register_grad_hook(self, hook: Callable[[Self], object]) -> Handle:
-        """Have `hook(layer)` called at the end of each `backward`, after `grads` are filled.
-
-        Returns
-        -------
-        Handle
-            Its `remove()` unregisters the hook.
-        """
-        return self._grad_hooks.register(hook)
-
-    def state_dict(self) -> dict[str, Array]:
-        """Return copies of parameters and running statistics under the keys that PyTorch uses.
-
-        Returns
-        -------
-        dict of str to ndarray
-            weight (gamma) and bias (beta) if affine; running_mean, running_var and
-            num_batches_tracked if there are running statistics.
-        """
-        state = {name: np.array(array) for name, array in self._state().items()}
-        if self.track_running_stats:
-            state["num_batches_tracked"] = np.array(self.num_batches_tracked, dtype=np.int64)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict`, of this library or of PyTorch, returned.
-
-        Parameters
-        ----------
-        state : mapping of str to array_like
-            Exactly the entries that this layer's `state_dict` has.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an entry is missing, unknown, of the wrong shape or no number; nothing is changed.
-        """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
-        expected = self.state_dict()
-        if state.keys() != expected.keys():
-            raise ValueError(
-                f"state: expected the entries {', '.join(expected)}; "
-                f"missing: {', '.join(sorted(expected.keys() - state.keys())) or 'none'}, "
-                f"unknown: {', '.join(sorted(map(str, state.keys() - expected.keys()))) or 'none'}"
-            )
-        targets = self._state()
-        # Copies of the final type: nothing can fail, and nothing alias, once writing begins.
-        checked = {
-            name: np.array(_values(name, state[name], self.num_features), target.dtype)
-            for name, target in targets.items()
-        }
-        if "running_var" in checked and (checked["running_var"] < 0).any():
-            raise ValueError(
-                f"running_var: expected values >= 0, got {checked['running_var'].min()}"
-            )
-        if self.track_running_stats:
-            tracked = np.asarray(state["num_batches_tracked"])
-            fits = tracked.shape == () and tracked.dtype.kind in "iu"
-            if not fits or not 0 <= int(tracked) < 2**63:
-                raise ValueError(
-                    "num_batches_tracked: expected one integer >= 0, "
-                    f"got {state['num_batches_tracked']!r}"
-                )
-            self.num_batches_tracked = int(tracked)
-        for name, values in checked.items():
-            targets[name][...] = values
-
-    def _state(self) -> dict[str, Array]:
-        """Return the live arrays of the state under PyTorch's names."""
-        arrays = {
-            "weight": self.params.get("gamma"),
-            "bias": self.params.get("beta"),
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-        }
-        return {name: array for name, array in arrays.items() if array is not None}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None, "_grad_hooks": HookList()}
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.num_features}, axis={self.axis}, eps={self.eps}, "
-            f"momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, dtype={self.dtype}, "
-            f"activation={self.activation!r})"
-        )
-
-
-class BatchNorm(_Norm):
+class BatchNorm(Norm):
     """Batch normalisation with trainable scale and shift, and running statistics for inference.
 
     In training each channel is normalised by the minibatch, over the M values it has there::
@@ -370,7 +118,7 @@ class BatchNorm(_Norm):
             activation=activation,
         )
         if virtual_batch_size is not None:
-            virtual_batch_size = _integer("virtual_batch_size", virtual_batch_size, least=1)
+            virtual_batch_size = as_integer("virtual_batch_size", virtual_batch_size, least=1)
         self.virtual_batch_size = virtual_batch_size
 
     def __call__(
@@ -442,6 +190,9 @@ class BatchNorm(_Norm):
     def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
         functional.update_running(cache, mean, var, weight)
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, virtual_batch_size={self.virtual_batch_size})"
+
     def fold_into(
         self, weight: ArrayLike, bias: ArrayLike | None = None, *, axis: int = 0
     ) -> tuple[Array, Array]:
@@ -495,7 +246,7 @@ class BatchNorm(_Norm):
         w = np.asarray(weight)
         if w.dtype.kind != "f" or w.dtype.itemsize > 8:
             raise TypeError(f"weight: expected float16, float32 or float64, got {w.dtype}")
-        axis = _integer("axis", axis)
+        axis = as_integer("axis", axis)
         if not -w.ndim <= axis < w.ndim or w.shape[axis] != self.num_features:
             raise ValueError(
                 f"weight: expected {self.num_features} output channels on axis {axis}, "
@@ -504,7 +255,7 @@ class BatchNorm(_Norm):
         b = np.zeros(self.num_features) if bias is None else np.asarray(bias)
         if b.size != self.num_features:
             raise ValueError(f"bias: expected {self.num_features} values, got shape {b.shape}")
-        flat = _values("bias", b.ravel(), self.num_features)
+        flat = as_values("bias", b.ravel(), self.num_features)
         scale = self.params.get("gamma", 1) / np.sqrt(self.running_var + self.eps)
         shift = (flat - self.running_mean) * scale + self.params.get("beta", 0)
         columns = [1] * w.ndim
@@ -648,17 +399,17 @@ class BatchNorm(_Norm):
         dtype: DTypeLike,
     ) -> Self:
         """Make a layer from arrays, each with its name, in Keras's and ONNX's conventions."""
-        old = _number("momentum", momentum)
+        old = as_number("momentum", momentum)
         if not 0 <= old <= 1:
             raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
-        eps = _number("epsilon", epsilon)
+        eps = as_number("epsilon", epsilon)
         if not (isfinite(eps) and eps >= 0):
             raise ValueError(f"epsilon: expected a finite number >= 0, got {epsilon}")
         shape = np.shape(mean[1])
         if len(shape) != 1 or not shape[0]:
             raise ValueError(f"{mean[0]}: expected one value per channel, got shape {shape}")
         given = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
-        values = {key: _values(*each, *shape) for key, each in given.items() if each}
+        values = {key: as_values(*each, *shape) for key, each in given.items() if each}
         if (values["var"] < 0).any():
             raise ValueError(f"{var[0]}: expected values >= 0, got {values['var'].min()}")
         affine = bool(gamma or beta)
@@ -670,7 +421,7 @@ class BatchNorm(_Norm):
         return bn
 
 
-class InstanceNorm(_Norm):
+class InstanceNorm(Norm):
     """Instance normalisation: each channel of each example by its own mean and variance.
 
     Over the positions (of an image, a sequence) that an example n has in a channel c::
@@ -864,32 +615,3 @@ def update_statistics(
         state["running_mean"][...] = mean
         state["running_var"][...] = var * (count / (count - 1))
         norm.num_batches_tracked = len(moments)
-
-
-def _integer(name: str, value: int, least: int | None = None) -> int:
-    try:
-        number = index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, str):
-        raise TypeError(f"{name}: expected a number, got str")
-    try:
-        return float(value)
-    except (TypeError, OverflowError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
-
-
-def _values(name: str, value: ArrayLike, count: int) -> Array:
-    """Return value as an array of `count` floats, checked."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
-    if array.shape != (count,):
-        raise ValueError(f"{name}: expected shape ({count},), got {array.shape}")
-    return array

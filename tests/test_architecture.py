@@ -23,7 +23,8 @@ ALLOWED = {
     },
     "__main__": {"cli"},
     "checkpoint": {"_files"},
-    "layer": {"functional", "_hooks"},
+    "layer": {"functional", "_norm"},
+    "_norm": {"functional", "_hooks"},
     "optim": {"_hooks", "_updates"},
     "functional": {"_blocks", "_dispatch", "_job", "_mask", "_plan"},
     "_dispatch": {"_cpu", "_pool", ""},  # "" is fastbn itself, asked for its version in a function

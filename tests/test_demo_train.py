@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import write_blobs
 
 from fastbn.demo import DemoError
 from fastbn.demo.curves import draw
@@ -32,13 +33,7 @@ QUICK = {"hidden": (8, 8), "epochs": 4, "batch_size": 16}
 
 @pytest.fixture
 def blobs(tmp_path):
-    """Return the path of 140 small images in three classes, easy to tell apart."""
-    rng = np.random.default_rng(3)
-    y = np.arange(140) % 3
-    x = rng.standard_normal((3, 4, 4))[y] + 0.3 * rng.standard_normal((140, 4, 4))
-    path = tmp_path / "blobs.npz"
-    np.savez(path, x=x, y=y)
-    return str(path)
+    return write_blobs(tmp_path)
 
 
 def trainer_for(blobs, **given):
@@ -474,6 +469,26 @@ def test_curves(norms, blobs, tmp_path):
     assert pixels.std() > 0.05
     edges = pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]
     assert all((edge == 1).all() for edge in edges)  # nothing is cut off
+
+
+def test_curves_with_marks_and_epochs_undone(blobs, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    trainer = trainer_for(blobs)
+    trainer.run()
+    pictures = []
+    for more in (
+        {},
+        {"marks": [(3, "lr 0.1\nmomentum 0.8", False)]},
+        {"marks": [(3, "lr 0.1\nmomentum 0.8", True)]},
+        {"undone": [(2, trainer.history[::-1])]},
+        {"lr": 0.5},
+    ):
+        draw(tmp_path / "curves.png", [trainer], **more)
+        pictures.append(image.imread(tmp_path / "curves.png"))
+    for pixels in pictures:
+        edges = pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]
+        assert all((edge == 1).all() for edge in edges)  # nothing is cut off
+    assert len({pixels.tobytes() for pixels in pictures}) == len(pictures)
 
 
 def test_curves_without_any_epoch(blobs, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -167,18 +168,21 @@ class Trainer:
         """
         if save:
             self.save(save)  # so that even the first epoch can be interrupted and resumed
-        # A second BLAS thread gains next to nothing on products as small as these, waits long for
-        # a busy core, and gives other bits: one thread gives the same on any number of cores.
-        epochs = self.config.epochs
-        with require("threadpoolctl").threadpool_limits(1, user_api="blas"):
-            for number in range(len(self.history) + 1, epochs + 1):
-                title = f"epoch {number:{len(str(epochs))}}/{epochs}"
-                epoch = self.train_epoch(title)
-                self.history.append(epoch)
+        with one_blas_thread():
+            while len(self.history) < self.config.epochs:
+                line = self.next_epoch()
                 if save:
                     self.save(save)
-                values = (f"{name.replace('_', ' ')} {epoch[name]:.4f}" for name in METRICS)
-                print(title, *values, sep="  ", flush=True)
+                print(line, flush=True)
+
+    def next_epoch(self) -> str:
+        """Train one more epoch, and return the line that tells of it."""
+        epochs = self.config.epochs
+        title = f"epoch {len(self.history) + 1:{len(str(epochs))}}/{epochs}"
+        epoch = self.train_epoch(title)
+        self.history.append(epoch)
+        values = (f"{name.replace('_', ' ')} {epoch[name]:.4f}" for name in METRICS)
+        return "  ".join((title, *values))
 
     def train_epoch(self, title: str) -> Epoch:
         """Train on each training example once, in minibatches of a new random order."""
@@ -221,20 +225,24 @@ class Trainer:
         reached = [epoch["validation_accuracy"] >= accuracy for epoch in self.history]
         return reached.index(True) + 1 if any(reached) else None
 
-    def save(self, path: Path) -> None:
-        """Write all that `load_checkpoint` needs into one file, whole or not at all."""
+    def state(self) -> dict[str, Any]:
+        """Return copies of all that decides how the training goes on: what a checkpoint holds."""
         about = {
             "format": CHECKPOINT,
             "config": dataclasses.asdict(self.config),
             "history": self.history,
             "rng": self.rng.bit_generator.state,
         }
-        arrays = {
+        return {
             "about": np.array(json.dumps(about)),
             **{f"network.{name}": value for name, value in self.network.state_dict().items()},
             **{f"optimizer.{name}": value for name, value in self.optimizer.state_dict().items()},
         }
-        write_atomically(path, lambda file: np.savez(file, **arrays), option="--save")
+
+    def save(self, path: Path, *, option: str = "--save") -> None:
+        """Write the state into one file for `load_checkpoint`, whole or not at all."""
+        arrays = self.state()
+        write_atomically(path, lambda file: np.savez(file, **arrays), option=option)
         self.saved = path
 
     def export(self, path: Path) -> str:
@@ -266,7 +274,19 @@ class Trainer:
         )
 
 
-def load_checkpoint(path: Path, given: Mapping[str, Any]) -> Trainer:
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Hold BLAS to one thread, for the same bits on any number of cores."""
+    # A second one gains next to nothing on products as small as these, waits long for a busy core,
+    # and gives other bits.
+    limits: AbstractContextManager[Any] = require("threadpoolctl").threadpool_limits(
+        1, user_api="blas"
+    )
+    return limits
+
+
+def load_checkpoint(
+    path: Path, given: Mapping[str, Any], *, data: Data | None = None, option: str = "--resume"
+) -> Trainer:
     """Read what `Trainer.save` wrote.
 
     Parameters
@@ -274,14 +294,18 @@ def load_checkpoint(path: Path, given: Mapping[str, Any]) -> Trainer:
     path : Path
     given : mapping
         Fields of `Config` that were asked for. Only ``epochs`` may differ, and only upwards.
+    data : Data, optional
+        The data, where they are loaded already.
+    option : str
+        The option that named the file, for error messages.
 
     Raises
     ------
     DemoError
         If the file is missing, damaged, foreign, or of another configuration.
     """
-    arrays = read_npz(path, option="--resume", compressed=False)
-    foreign = DemoError(f"--resume {path}: not a checkpoint of `fastbn train --save`, or damaged")
+    arrays = read_npz(path, option=option, compressed=False)
+    foreign = DemoError(f"{option} {path}: not a checkpoint of `fastbn train --save`, or damaged")
     try:
         about = json.loads(str(arrays["about"]))
         written = str(about["format"])
@@ -296,8 +320,8 @@ def load_checkpoint(path: Path, given: Mapping[str, Any]) -> Trainer:
         history = [{name: float(epoch[name]) for name in METRICS} for epoch in about["history"]]
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise foreign from error
-    config = _merge(config, given, path)
-    data = load(config.data, config.data_dir)
+    config = merge(config, given, path)
+    data = data or load(config.data, config.data_dir)
     # Before a network is built: its size comes from the file, and must be in the file.
     weights = sum(n_in * n_out for n_in, n_out in pairwise(layer_sizes(config, data)))
     if weights > sum(array.size for array in arrays.values()):
@@ -310,13 +334,13 @@ def load_checkpoint(path: Path, given: Mapping[str, Any]) -> Trainer:
         trainer.rng.bit_generator.state = about["rng"]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DemoError(
-            f"--resume {path}: damaged, or {config.data} has changed: {one_line(error)}"
+            f"{option} {path}: damaged, or {config.data} has changed: {one_line(error)}"
         ) from error
     return trainer
 
 
-def _merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
-    """Raise the epochs of a saved configuration; refuse any other change."""
+def merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
+    """Raise the epochs of a configuration saved in a file; refuse any other change."""
     for name, value in given.items():
         saved = getattr(config, name)
         if value != saved and name != "epochs":
