@@ -342,7 +342,7 @@ def _train(
         if watch and (watch / "log.jsonl").exists():
             resume = watch
         saved = trainers[0].saved if trainers else resume
-        print(f"\ninterrupted: {_how_to_resume(saved, plot)}", file=sys.stderr)
+        print(f"\ninterrupted: {_how_to_resume(saved, plot, export)}", file=sys.stderr)
         return 130
     return 0
 
@@ -379,10 +379,12 @@ def _nudge(*, folder: Path, **given: Any) -> int:
     return 0
 
 
-def _how_to_resume(saved: Path | None, plot: Path | None) -> str:
+def _how_to_resume(saved: Path | None, plot: Path | None, export: Path | None) -> str:
     if saved is None:
         return "nothing was saved; --save FILE keeps each epoch that is finished"
     command = [sys.executable, "-m", "fastbn", "train", "--resume", str(saved)]
     if plot:
         command += ["--plot", str(plot)]
+    if export:
+        command += ["--export", str(export)]
     return f"the finished epochs are saved; resume with\n{shlex.join(command)}"

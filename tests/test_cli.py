@@ -354,8 +354,9 @@ def test_ctrl_c_without_save(blobs, capsys):
 @pytest.mark.usefixtures("interrupted")
 def test_ctrl_c_tells_the_command_that_resumes(blobs, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    file, plot = tmp_path / "a run.npz", tmp_path / "curves.png"
-    status, _, err = run([*blobs, "--save", file, "--plot", plot], capsys)
+    pytest.importorskip("safetensors")
+    file, plot, weights = (tmp_path / n for n in ("a run.npz", "curves.png", "w.safetensors"))
+    status, _, err = run([*blobs, "--save", file, "--plot", plot, "--export", weights], capsys)
     assert status == 130
     python, *words = shlex.split(err.splitlines()[-1])
     assert python == sys.executable
@@ -366,6 +367,7 @@ def test_ctrl_c_tells_the_command_that_resumes(blobs, tmp_path, capsys, monkeypa
     assert out.startswith("epoch 2/3")
     assert LAST_LINE.fullmatch(out.splitlines()[-1])
     assert is_png(plot)
+    assert weights.exists()
 
 
 @pytest.mark.usefixtures("interrupted")

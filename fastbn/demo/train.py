@@ -311,7 +311,7 @@ def load_checkpoint(
         written = str(about["format"])
         if written != CHECKPOINT and written.startswith(CHECKPOINT[:-1]):
             foreign = DemoError(
-                f"--resume {path}: expected a {CHECKPOINT}, got a {written}, of another version"
+                f"{option} {path}: expected a {CHECKPOINT}, got a {written}, of another version"
             )
         if written != CHECKPOINT:
             raise foreign
