@@ -161,7 +161,8 @@ cdef void sum_tile(
     # of a straight line through memory.
     cdef Py_ssize_t some = end - begin if job.inner <= BLOCK else 1
     cdef Py_ssize_t least = SHORT if dy == NULL else SHORT // 2
-    cdef Py_ssize_t group = COLUMNS // job.inner if job.inner < least else <Py_ssize_t>MAX_LONG
+    cdef bint in_columns = job.inner < least and job.outer >= SUM_ROWS
+    cdef Py_ssize_t group = COLUMNS // job.inner if in_columns else <Py_ssize_t>MAX_LONG
     cdef Block block
     while upto < end:
         begin, upto = upto, min(upto + some, end)
@@ -169,7 +170,7 @@ cdef void sum_tile(
             block = block_of_runs(job, index)
             if real is not double:
                 for c from begin <= c < upto by group:
-                    if job.inner < least:
+                    if in_columns:
                         sum_short_runs(x, dy, w, c, min(c + group, upto), block, index)
                     else:
                         sum_long_runs(x, dy, w, c, min(c + group, upto), block, index)
