@@ -5,6 +5,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastbn
@@ -14,13 +15,18 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_examples_of_the_readme_run_and_learn(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     accuracies = re.findall(r"accuracy: ([\d.]+)", capsys.readouterr().out)
     assert len(accuracies) == 2
     assert all(float(a) > 0.9 for a in accuracies)
+    whole = fastbn.batch_norm(names["images"])[0]
+    np.testing.assert_allclose(names["y"], whole, atol=1e-6)  # of the parts, put together
+    X, hidden, bn = names["X"], names["hidden"], names["bn"]
+    folded = X @ names["weight"] + names["bias"]
+    np.testing.assert_allclose(folded, bn(hidden.forward(X)), atol=1e-4)
 
 
 @pytest.mark.parametrize("extra", ["demo", "test"])
