@@ -142,10 +142,9 @@ def run(
         print(f"fastbn tune: error: --out {out}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        command = shlex.join([sys.executable, "-m", "fastbn", *words])
-        print(
-            f"\ninterrupted: the finished trials are kept; resume with\n{command}", file=sys.stderr
-        )
+        again = shlex.join([sys.executable, "-m", "fastbn", *words])
+        print("\ninterrupted: the finished trials are kept; resume with", file=sys.stderr)
+        print(again, file=sys.stderr)
         return 130
     return 0
 

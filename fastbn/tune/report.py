@@ -88,7 +88,7 @@ def history(result: Result, label: str) -> Any:
         if r.state == "complete":
             best = min(best, r.sort_value)
         line.append(best)
-    _points(axes, result, lambda r: r.number)
+    _points(axes, result)
     numbers = [r.number for r in result.trials]
     axes.step(numbers, line, where="post", color="C3", label="best so far")
     for each in {r.round: r.number for r in reversed(result.trials) if r.round > 1}.values():
@@ -128,7 +128,7 @@ def parallel(result: Result, label: str) -> Any:
 
 
 def slices(result: Result, label: str) -> Any:
-    """Draw the values over each hyper-parameter, on its own scale, and where the rounds searched."""
+    """Draw the values over each hyper-parameter, on its scale, and where the rounds searched."""
     scales = _tuned(result)
     columns = min(3, len(scales))
     rows = math.ceil(len(scales) / columns)
@@ -136,7 +136,7 @@ def slices(result: Result, label: str) -> Any:
     cells = [axes for row in grid for axes in row]
     for axes, (name, scale) in zip(cells, scales.items(), strict=False):
         _on_scale(axes, scale)
-        _points(axes, result, lambda r, name=name, scale=scale: scale.position(r.params[name]))
+        _points(axes, result, name)
         for box in result.boxes[1:]:
             for low, high in _spans(scale, box[name]):
                 axes.axvspan(low, high, color="C1", alpha=0.1, linewidth=0)
@@ -174,7 +174,7 @@ def why_scales(result: Result, label: str) -> Any:
 
     None if no scale differs from a linear one.
     """
-    scales = {
+    scales: dict[str, Any] = {
         name: scale
         for name, scale in _tuned(result).items()
         if isinstance(scale, LogUniform | OneMinusLogUniform)
@@ -194,18 +194,18 @@ def why_scales(result: Result, label: str) -> Any:
         above.plot(draws, [0] * count, "|", color="C0", markersize=14)
         above.set_yticks([0, 1], ["this scale", "linear scale"])
         above.set(ylim=(-0.6, 1.6))
-        low, high = (side(r.params[name] for r in few) for side in (min, max))
-        start, end = scale.position(low), scale.position(high)
+        start, end = (side(scale.position(r.params[name]) for r in few) for side in (min, max))
         hits = [sum(start <= u <= end for u in drawn) for drawn in (draws, linear)]
+        low, high = shown(scale.at(start)), shown(scale.at(end))
         above.set_title(
-            f"{name}: the best {len(few)} lie from {shown(low)} to {shown(high)};\nthere fall"
-            f" {hits[0]} of {count} trials of this scale, {hits[1]} of a linear one",
+            f"{name}: the best {len(few)} lie from {low} to {high}; there fall\n"
+            f"{hits[0]} of {count} trials of this scale, {hits[1]} of a linear one",
             fontsize=9,
         )
         for axes in (above, below):
             axes.axvspan(start, end, color="C2", alpha=0.15, linewidth=0)
         _on_scale(below, scale)
-        _points(below, result, lambda r, name=name, scale=scale: scale.position(r.params[name]))
+        _points(below, result, name)
         below.set(xlabel=name, ylabel=label)
         above.tick_params(labelbottom=False)
     _legend(figure, grid[1][0])
@@ -232,8 +232,16 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     return figure, grid
 
 
-def _points(axes: Any, result: Result, x: Callable[[Record], float]) -> None:
-    """Draw the trials: dots by round, hollow if stopped early, crosses on top if infinite."""
+def _points(axes: Any, result: Result, name: str = "") -> None:
+    """Draw the values of the trials over a hyper-parameter, or over their numbers.
+
+    Dots by round, hollow if stopped early; crosses on top if infinite.
+    """
+    scales = _tuned(result)
+
+    def x(record: Record) -> float:
+        return scales[name].position(record.params[name]) if name else record.number
+
     finite = [r for r in result.trials if r.value is not None and math.isfinite(r.value)]
     for number in range(1, len(result.boxes) + 1):
         for state, face in (("complete", f"C{number - 1}"), ("pruned", "none")):
@@ -246,8 +254,9 @@ def _points(axes: Any, result: Result, x: Callable[[Record], float]) -> None:
     if all(r.value is not None and r.value > 0 for r in finite):
         axes.set_yscale("log")
     if infinite:
-        axes.scatter([x(r) for r in infinite], [1.02] * len(infinite), marker="x", color="0.3", s=22,
-                     transform=axes.get_xaxis_transform(), clip_on=False, label="infinite")  # fmt: skip
+        top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        at = [x(r) for r in infinite]
+        axes.scatter(at, [1.02] * len(at), s=22, marker="x", color="0.3", label="infinite", **top)
 
 
 def _legend(figure: Any, axes: Any) -> None:

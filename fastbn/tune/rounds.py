@@ -142,7 +142,7 @@ class Round:
     ) -> None:
         self.plan, self.storage = plan, storage
         self.optuna = require("optuna", "tune")
-        self.index = before.index + 1 if before else 0
+        self.index: int = before.index + 1 if before else 0
         self.box: Box = plan.space
         count = max(3, len(earlier) // FEW)
         self.few = ranked(earlier)[:count]
@@ -158,9 +158,9 @@ class Round:
 
     def _join(self) -> None:
         name = f"{self.plan.study} {self.index + 1}"
-        self.study, created = None, True
+        created = True
         try:
-            self.study = self.optuna.create_study(storage=self.storage, study_name=name)
+            self.study: Any = self.optuna.create_study(storage=self.storage, study_name=name)
         except self.optuna.exceptions.DuplicatedStudyError:
             self.study = self.optuna.load_study(storage=self.storage, study_name=name)
             created = False

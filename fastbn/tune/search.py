@@ -168,31 +168,28 @@ def search(
     True
     """
     tiers = tiers_of(space)
-    if rounds is None:
-        rounds = min(2, trials) if sampler == "random" else 1
-    for name, value, low in (("trials", trials, 1), ("rounds", rounds, 1), ("workers", workers, 1),
-                             ("seed", seed, 0)):  # fmt: skip
-        if type(value) is not int or value < low:
-            raise DemoError(f"{name}: expected an integer from {low}, got {value!r}")
-    if rounds > trials:
-        raise DemoError(f"rounds: expected at most {trials}, one for each trial, got {rounds}")
+    counts = {"trials": trials, "workers": workers, "seed": seed}
+    for name, count in counts.items():
+        low = 0 if name == "seed" else 1
+        if type(count) is not int or count < low:
+            raise DemoError(f"{name}: expected an integer from {low}, got {count!r}")
     if sampler not in SAMPLERS:
         raise DemoError(f"sampler: expected {' or '.join(SAMPLERS)}, got {sampler!r}")
+    if rounds is None:
+        rounds = min(2, trials) if sampler == "random" else 1
+    if type(rounds) is not int or not 1 <= rounds <= trials:
+        raise DemoError(f"rounds: expected an integer from 1 to {trials} trials, got {rounds!r}")
     if not callable(objective):
         raise TypeError(f"objective: expected a function, got {objective!r}")
-    known = {name: scale for tier in tiers for name, scale in tier.items()}
-    if start is not None:
-        if start.keys() != known.keys():
-            raise DemoError(f"start: expected {', '.join(known)}, got {', '.join(start)}")
-        for name, value in start.items():
-            if value not in known[name]:
-                raise DemoError(f"start: {name}: expected a value of {known[name]}, got {value!r}")
+    start = _checked(start, tiers)
     tuned = tuned_of(tiers, trials)
-    held = {name: start[name] if start else scale.at(0.5) for name, scale in known.items()
-            if name not in tuned}  # fmt: skip
-    plan = Plan(
-        objective, tuned, held, dict(start or {}), trials, rounds, sampler, prune, seed, study
-    )
+    held = {
+        name: start[name] if start else scale.at(0.5)
+        for tier in tiers
+        for name, scale in tier.items()
+        if name not in tuned
+    }
+    plan = Plan(objective, tuned, held, start, trials, rounds, sampler, prune, seed, study)
     show = Show(trials) if progress else None
     with _quiet(), _somewhere(storage, workers) as url, opened(url) as shared:
         process = Search(plan, shared)
@@ -210,6 +207,19 @@ def search(
         raise DemoError(f"objective: expected a finite number, got none in {trials} trials")
     boxes = [each.box for each in process.rounds]
     return Result(best.params, best.sort_value, records, tiers, boxes)
+
+
+def _checked(start: Mapping[str, Value] | None, tiers: list[dict[str, Scale]]) -> Params:
+    """Return the configuration to start from, empty if there is none."""
+    if start is None:
+        return {}
+    known = {name: scale for tier in tiers for name, scale in tier.items()}
+    if start.keys() != known.keys():
+        raise DemoError(f"start: expected {', '.join(known)}, got {', '.join(start) or 'nothing'}")
+    for name, value in start.items():
+        if value not in known[name]:
+            raise DemoError(f"start: {name}: expected a value of {known[name]}, got {value!r}")
+    return dict(start)
 
 
 def tuned_of(tiers: list[dict[str, Scale]], trials: int) -> dict[str, Scale]:
@@ -395,9 +405,9 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
                 why, code = worker.why(), worker.process.exitcode
                 worker.close()
                 if why:
-                    error = DemoError(why[0])
-                    error.add_note(why[1])
-                    raise error
+                    failure = DemoError(why[0])
+                    failure.add_note(why[1])
+                    raise failure
                 current.release_all(worker.name, lost=True)
                 worked = any(record.worker == worker.name for record in search.records())
                 idle_deaths = 0 if worked or code == 0 else idle_deaths + 1

@@ -332,7 +332,8 @@ def one_minus_log_uniform(low: float, high: float) -> Scale:
     """Spread a number just below 1 evenly over the powers of ten of its distance from 1.
 
     The value is 1 - 10^r, r uniform from log10(1 - low) to log10(1 - high). For momentum and Adam's
-    betas: 0.9 averages over 10 steps, 0.99 over 100, 0.999 over 1000; 1 / (1 - beta) is what counts.
+    betas: 0.9 averages over 10 steps, 0.99 over 100, 0.999 over 1000; what counts is
+    1 / (1 - beta).
 
     Parameters
     ----------
@@ -405,7 +406,7 @@ def tiers_of(space: Space) -> list[dict[str, Scale]]:
         If it is not a space.
     """
     tiers = [space] if isinstance(space, Mapping) else space
-    if isinstance(tiers, str) or not isinstance(tiers, Sequence):
+    if not isinstance(tiers, list | tuple):
         raise TypeError(f"space: expected a dict or a list of them, got {type(space).__name__}")
     seen: set[str] = set()
     for tier in tiers:
