@@ -4,13 +4,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tune_objectives import Logged, bowl, killed, space, start, steps, wrong
 
 import fastbn
 from fastbn.demo import DemoError
-from fastbn.tune import choice, integer, log_uniform, rounds, search, uniform
+from fastbn.tune import choice, log_uniform, rounds, search, uniform
 from fastbn.tune.rounds import Plan, Round, Search, ranked
 from fastbn.tune.search import opened
 
@@ -216,7 +216,9 @@ def test_optuna_missing(monkeypatch):
 
 
 def test_fastbn_alone_imports_none_of_it():
-    code = "import sys, fastbn; assert not {'optuna', 'fastbn.tune', 'fastbn.demo'} & {*sys.modules}"
+    code = (
+        "import sys, fastbn; assert not {'optuna', 'fastbn.tune', 'fastbn.demo'} & {*sys.modules}"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -462,19 +464,18 @@ def sqlite(folder):
 
 @contextmanager
 def grpc(folder):
-    grpc = pytest.importorskip("grpc")
-    from optuna.storages._grpc.server import make_server
+    pytest.importorskip("grpc")
+    from optuna.storages._grpc.server import make_server  # run_grpc_proxy_server never ends
 
-    with ThreadPoolExecutor(4) as pool:
-        server = grpc.server(pool)
-        port = server.add_insecure_port("localhost:0")
-        server.stop(None)
-        server = make_server(optuna.storages.InMemoryStorage(), "localhost", port, pool)
-        server.start()
-        try:
-            yield f"grpc://localhost:{port}"
-        finally:
-            server.stop(None).wait()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = make_server(optuna.storages.InMemoryStorage(), "localhost", port)
+    server.start()
+    try:
+        yield f"grpc://localhost:{port}"
+    finally:
+        server.stop(None).wait()
 
 
 @contextmanager

@@ -18,7 +18,10 @@ start = {"lr": 0.1, "momentum": 0.9, "units": 5, "kind": "b"}
 
 def bowl(params):
     """Return the distance from lr=0.01, momentum=0.99, units=7."""
-    lr, momentum = space["lr"].position(params["lr"]), space["momentum"].position(params["momentum"])
+    lr, momentum = (
+        space["lr"].position(params["lr"]),
+        space["momentum"].position(params["momentum"]),
+    )
     return (lr - 0.5) ** 2 + (momentum - 0.5) ** 2 + abs(params["units"] - 7) / 100
 
 

@@ -165,9 +165,12 @@ def _imported(text: str) -> tuple[Objective, list[dict[str, Scale]], Any]:
     for needed in (name, "space"):
         if not hasattr(module, needed):
             raise DemoError(f"MODULE:FUNCTION: {module_name} has no {needed!r}")
+    function: Objective = getattr(module, name)
+    if not callable(function):
+        raise DemoError(f"MODULE:FUNCTION: expected a function, got {function!r}")
     space: Space = module.space
     try:
-        return getattr(module, name), tiers_of(space), getattr(module, "start", None)
+        return function, tiers_of(space), getattr(module, "start", None)
     except (TypeError, ValueError) as error:
         raise DemoError(f"MODULE:FUNCTION: {module_name}: {error}") from error
 

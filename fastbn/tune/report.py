@@ -247,22 +247,22 @@ def _points(axes: Any, result: Result, name: str = "") -> None:
         for state, face in (("complete", f"C{number - 1}"), ("pruned", "none")):
             chosen = [r for r in finite if (r.round, r.state) == (number, state)]
             if chosen:
-                name = f"round {number}" + (", stopped early" if state == "pruned" else "")
+                label = f"round {number}" + (", stopped early" if state == "pruned" else "")
                 axes.scatter([x(r) for r in chosen], [r.value for r in chosen], s=22,
-                             facecolors=face, edgecolors=f"C{number - 1}", label=name)  # fmt: skip
+                             facecolors=face, edgecolors=f"C{number - 1}", label=label)  # fmt: skip
     infinite = [r for r in result.trials if r.value is not None and math.isinf(r.value)]
     if all(r.value is not None and r.value > 0 for r in finite):
         axes.set_yscale("log")
     if infinite:
-        top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        at = [x(r) for r in infinite]
-        axes.scatter(at, [1.02] * len(at), s=22, marker="x", color="0.3", label="infinite", **top)
+        at, top = [x(r) for r in infinite], axes.get_xaxis_transform()  # 1 is the upper edge
+        axes.scatter(at, [0.97] * len(at), s=22, marker="x", color="0.3", transform=top,
+                     label="infinite")  # fmt: skip
 
 
 def _legend(figure: Any, axes: Any) -> None:
     """Explain what axes show, outside of them."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _on_scale(axes: Any, scale: Scale) -> None:
