@@ -265,7 +265,8 @@ def opened(url: str | None) -> Iterator[BaseStorage]:
     except DemoError:
         raise
     except Exception as error:  # each kind of storage has its own ones
-        raise DemoError(f"storage: {url}: cannot be used: {one_line(error)}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]  # the SQL stands below
+        raise DemoError(f"storage: {url}: cannot be used: {why}") from error
     try:
         yield storage
     finally:
