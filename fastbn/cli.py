@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -77,12 +78,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _add_nudge_options(nudge)
     nudge.set_defaults(run=_nudge)
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    tune = commands.add_parser(
+        "tune",
+        help="look for good hyper-parameters, by workers in parallel",
+        argument_default=argparse.SUPPRESS,
+    )
+    if words[:1] == ["tune"]:  # the other commands do without the demo and its extras
+        from fastbn.tune import command
+
+        command.add_options(tune)
+        _add_config_options(tune, optimizer="momentum")
+        tune.set_defaults(run=partial(command.run, words))
+    given = vars(parser.parse_args(words))
     run = given.pop("run")
     return int(run(**given))
 
 
-def _add_train_options(train: argparse.ArgumentParser) -> None:
+def _add_config_options(train: argparse.ArgumentParser, optimizer: str = "adam") -> None:
     # Choices and ranges are checked in demo.train.Config, as those in a checkpoint must be too.
     add = train.add_argument_group("network").add_argument
     add("--model", metavar="mlp|resnet", help="default: mlp")
@@ -118,12 +131,16 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
         help="where the four idx files of fashion-mnist lie (default: fashion-mnist)",
     )
     add = train.add_argument_group("training").add_argument
-    add("--optimizer", metavar="sgd|momentum|rmsprop|adam", help="default: adam")
+    add("--optimizer", metavar="sgd|momentum|rmsprop|adam", help=f"default: {optimizer}")
     add(
         "--lr",
         type=float,
         help="learning rate (default: sgd 0.3, momentum 0.05, rmsprop 0.002, adam 0.003)",
     )
+    add("--momentum", type=float, metavar="B", help="of the optimizer momentum (default: 0.9)")
+    add("--beta1", type=float, metavar="B", help="of adam (default: 0.9)")
+    add("--beta2", type=float, metavar="B", help="of adam (default: 0.999)")
+    add("--eps", type=float, help="of adam (default: 1e-08)")
     add(
         "--lr-decay",
         metavar="none|inverse|exponential|staircase|cosine",
@@ -139,6 +156,16 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help="default: 32")
     add("--epochs", type=int, metavar="N", help="default: mlp 20, resnet 10")
     add("--seed", type=int, metavar="N", help="default: 0")
+
+
+def _add_train_options(train: argparse.ArgumentParser) -> None:
+    train.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.json",
+        help="values of the options below, as `fastbn tune` writes them; those given here win",
+    )
+    _add_config_options(train)
     add = train.add_argument_group("output").add_argument
     add("--plot", type=Path, metavar="FILE.png", help="draw the curves of loss and accuracy")
     add(
@@ -237,6 +264,7 @@ def _train(
     watch: Path | None = None,
     replay: Path | None = None,
     export: Path | None = None,
+    config: Path | None = None,
     **given: Any,
 ) -> int:
     # Imported here: `info` does without the demo and its extras.
@@ -244,10 +272,19 @@ def _train(
     from fastbn.demo.curves import draw
     from fastbn.demo.data import load
     from fastbn.demo.files import check_writable
-    from fastbn.demo.train import COMPARED, DivergedError, Trainer, configure, load_checkpoint
+    from fastbn.demo.train import (
+        COMPARED,
+        DivergedError,
+        Trainer,
+        configure,
+        load_checkpoint,
+        read_config,
+    )
 
     trainers: list[Trainer] = []
     try:
+        if config:
+            given = {**read_config(config), **given}
         if watch or replay or (resume and resume.is_dir()):
             others = (
                 plot,

@@ -30,8 +30,9 @@ ALLOWED = {
     "_dispatch": {"_cpu", "_pool", ""},  # "" is fastbn itself, asked for its version in a function
     "_controller": {""},  # likewise
     "_kernels": {"_cpu", "_job", "_pool"},
-    "cli": {"", "demo"},
+    "cli": {"", "demo", "tune"},
     "demo": {"", "_files", "demo", "layer", "optim"},
+    "tune": {"", "demo", "tune"},
 }
 
 CYTHON = re.compile(

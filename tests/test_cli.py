@@ -82,7 +82,7 @@ def test_help_names_every_option(capsys):
     assert status == 0
     fields = [train.option(name) for name in train.Config.__dataclass_fields__]
     files = ["--plot", "--compare", "--save", "--resume", "--watch", "--replay", "--export"]
-    for option in [*fields, *files]:
+    for option in [*fields, *files, "--config"]:
         assert f"  {option}" in out
 
 
@@ -90,6 +90,11 @@ def test_help_tells_the_true_defaults(capsys):
     words = " ".join(run(["train", "--help"], capsys)[1].split())
     rates = ", ".join(f"{name} {rate:g}" for name, rate in train.LR.items())
     assert f"(default: {rates})" in words
+    for optimizer, values in train.OPTIMIZER.items():
+        for name, value in values.items():
+            assert re.search(
+                f"--{name} \\w+ of (the optimizer )?{optimizer} .default: {value}.", words
+            )
     decays = ", ".join(f"{name} {rate:g}" for name, rate in train.DECAY_RATE.items())
     assert f"(default: {decays})" in words
     for options in (["mlp"], ["resnet"]):
@@ -132,9 +137,8 @@ def test_the_seed_decides_every_bit(blobs, capsys):
 
 def test_every_option_arrives(blobs, tmp_path, capsys):
     file = tmp_path / "run.npz"
-    options = (
-        "--model resnet --norm instance --zero-gamma --hidden 4 --optimizer momentum --lr 0.01"
-    )
+    options = "--model resnet --norm instance --zero-gamma --hidden 4 --optimizer momentum"
+    options += " --lr 0.01 --momentum 0.8"
     options += " --lr-decay staircase --decay-rate 0.25 --batch-size 20 --epochs 2 --seed 3"
     options += f" --data-dir {tmp_path} --save {file}"
     status, _, err = run([*blobs, *options.split()], capsys)
@@ -149,12 +153,31 @@ def test_every_option_arrives(blobs, tmp_path, capsys):
         hidden=(4,),
         optimizer="momentum",
         lr=0.01,
+        momentum=0.8,
+        beta1=None,
+        beta2=None,
+        eps=None,
         lr_decay="staircase",
         decay_rate=0.25,
         batch_size=20,
         epochs=2,
         seed=3,
     )
+
+
+def test_a_configuration_from_a_file(blobs, tmp_path, capsys):
+    path, saves = tmp_path / "c.json", [tmp_path / "1.npz", tmp_path / "2.npz"]
+    path.write_text('{"optimizer": "adam", "lr": 1, "beta1": 0.8, "hidden": [4, 4], "epochs": 2}')
+    options = "--optimizer adam --beta1 0.8 --hidden 8,8 --epochs 3 --lr 0.1"
+    both = [
+        run([*blobs, "--config", path, "--lr", "0.1", "--save", saves[0]], capsys),
+        run([*blobs, *options.split(), "--save", saves[1]], capsys),
+    ]
+    assert both[0][0] == 0
+    assert both[0] == both[1]  # what is given on the command line wins
+    one, other = (load_checkpoint(save, {}).config for save in saves)
+    assert one == other
+    assert (one.lr, one.beta1, one.beta2, one.hidden) == (0.1, 0.8, 0.999, (8, 8))
 
 
 def test_plot(blobs, tmp_path, capsys):
@@ -283,6 +306,13 @@ IN_A_FOLDER = "a run in a folder: --watch and --resume cannot be used with each 
         ("--resume .", "--resume .: no run of `fastbn train --watch` there"),
         ("--replay run", IN_A_FOLDER),
         ("--optimizer sgd --norm none --lr 1e30", "--lr 1e+30 is too high"),
+        ("--config none.json", "--config none.json: no such file"),
+        ("--config BLOBS", "--config blobs.npz: cannot be read as JSON: "),
+        ("--momentum 0.5", "--momentum: expected nothing with --optimizer adam, got 0.5"),
+        ("--beta1 0.5 --optimizer sgd", "--beta1: expected nothing with --optimizer sgd, got 0.5"),
+        ("--optimizer momentum --momentum 1", "--momentum: expected a number in [0, 1), got 1.0"),
+        ("--beta2 -0.1", "--beta2: expected a number in [0, 1), got -0.1"),
+        ("--eps 0", "--eps: expected a positive number, got 0.0"),
         ("--unknown", "unrecognized arguments: --unknown"),
     ],
 )

@@ -18,11 +18,13 @@ from fastbn.demo.layers import Conv2d, Linear
 from fastbn.demo.train import (
     CHOICES,
     COMPARED,
+    OPTIMIZER,
     DivergedError,
     Trainer,
     configure,
     decayed_lr,
     load_checkpoint,
+    read_config,
 )
 
 pytest.importorskip("tqdm")
@@ -383,6 +385,52 @@ def test_a_forged_checkpoint(change, message, checkpoint):
     with pytest.raises(DemoError, match=message):
         load_checkpoint(checkpoint, {})
     assert checkpoint.read_bytes() == before
+
+
+def test_a_checkpoint_of_before_there_were_betas(blobs, tmp_path):
+    path = tmp_path / "old.npz"
+    trainer_for(blobs, epochs=1).run(path)
+    with np.load(path) as file:
+        about = json.loads(str(file["about"]))
+    old = {k: v for k, v in about["config"].items() if k not in ("momentum", *OPTIMIZER["adam"])}
+    about["config"] = old
+    with np.load(path) as file:
+        content = {**file, "about": np.array(json.dumps(about))}
+    np.savez(path, **content)
+    config = load_checkpoint(path, {}).config
+    assert config == configure({**QUICK, "data": blobs, "epochs": 1})
+    assert (config.momentum, config.beta1, config.beta2, config.eps) == (None, 0.9, 0.999, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON: "),
+        ("[" * 10**5, "cannot be read as JSON: "),
+        ("[]", "expected an object with some of data, data_dir, model"),
+        ('{"lr": 0.1, "more": 1}', "expected an object with some of data, data_dir, model"),
+    ],
+)
+def test_a_file_that_is_no_configuration(text, message, tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(DemoError, match=f"--config {path}: {message}"):
+        read_config(path)
+
+
+def test_a_configuration_from_a_file_is_checked(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"lr": 1, "hidden": [8], "batch_size": 2.5}')
+    assert read_config(path) == {"lr": 1.0, "hidden": (8,), "batch_size": 2.5}
+    with pytest.raises(DemoError, match=r"--batch-size: expected an integer from 2, got 2.5"):
+        configure(read_config(path))
+
+
+def test_momentum_and_betas_arrive(blobs):
+    momentum = trainer_for(blobs, optimizer="momentum", momentum=0.7).optimizer
+    assert momentum.momentum == 0.7
+    adam = trainer_for(blobs, beta1=0.8, beta2=0.0, eps=1e-4).optimizer
+    assert (adam.betas, adam.eps) == ((0.8, 0.0), 1e-4)
 
 
 def test_a_truncated_checkpoint(checkpoint):

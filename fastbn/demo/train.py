@@ -33,6 +33,9 @@ EPOCHS = {"mlp": 20, "resnet": 10}
 HIDDEN = {"mlp": (256, 128), "resnet": (16, 32)}
 LR = {"sgd": 0.3, "momentum": 0.05, "rmsprop": 2e-3, "adam": 3e-3}
 DECAY_RATE = {"inverse": 1.0, "exponential": 0.9, "staircase": 0.5}
+# What an optimizer has besides the learning rate.
+OPTIMIZER = {"momentum": {"momentum": 0.9}, "adam": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}}
+FLOATS = ("lr", "momentum", "beta1", "beta2", "eps", "decay_rate")
 METRICS = ("loss", "accuracy", "validation_loss", "validation_accuracy")
 CHECKPOINT = "fastbn demo checkpoint 2"
 
@@ -59,6 +62,10 @@ class Config:
     hidden: tuple[int, ...]
     optimizer: str
     lr: float
+    momentum: float | None
+    beta1: float | None
+    beta2: float | None
+    eps: float | None
     lr_decay: str
     decay_rate: float | None
     batch_size: int
@@ -86,6 +93,17 @@ class Config:
         self._expect("hidden", valid, "positive integers like 256,128")
         valid = type(self.lr) is float and 0 < self.lr < math.inf
         self._expect("lr", valid, "a positive number")
+        used = OPTIMIZER.get(self.optimizer, {})
+        for name in ("momentum", "beta1", "beta2", "eps"):
+            value = getattr(self, name)
+            if name not in used:
+                self._expect(name, value is None, f"nothing with --optimizer {self.optimizer}")
+            elif name == "eps":
+                self._expect(
+                    name, type(value) is float and 0 < value < math.inf, "a positive number"
+                )
+            else:
+                self._expect(name, type(value) is float and 0 <= value < 1, "a number in [0, 1)")
         rate = self.decay_rate
         if self.lr_decay in ("none", "cosine"):
             self._expect("decay_rate", rate is None, f"nothing with --lr-decay {self.lr_decay}")
@@ -109,12 +127,39 @@ def configure(given: Mapping[str, Any]) -> Config:
         "zero_gamma": False,
         "hidden": HIDDEN.get(names["model"]),
         "lr": LR.get(names["optimizer"]),
+        **dict.fromkeys(("momentum", "beta1", "beta2", "eps")),
+        **OPTIMIZER.get(names["optimizer"], {}),
         "decay_rate": DECAY_RATE.get(names["lr_decay"]),
         "batch_size": 32,
         "epochs": EPOCHS.get(names["model"]),
         "seed": 0,
     }
     return Config(**{**defaults, **names})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read fields of `Config` from a JSON file, such as `fastbn tune` writes.
+
+    Raises
+    ------
+    DemoError
+        If the file is missing or not a JSON object of such fields.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DemoError(f"--config {path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DemoError(f"--config {path}: cannot be read as JSON: {one_line(error)}") from error
+    known = [field.name for field in dataclasses.fields(Config)]
+    if not isinstance(fields, dict) or not fields.keys() <= set(known):
+        raise DemoError(f"--config {path}: expected an object with some of {', '.join(known)}")
+    for name, value in fields.items():
+        if name == "hidden" and isinstance(value, list):
+            fields[name] = tuple(value)
+        elif name in FLOATS and type(value) is int:
+            fields[name] = float(value)
+    return fields
 
 
 def option(name: str) -> str:
@@ -184,8 +229,11 @@ class Trainer:
         values = (f"{name.replace('_', ' ')} {epoch[name]:.4f}" for name in METRICS)
         return "  ".join((title, *values))
 
-    def train_epoch(self, title: str) -> Epoch:
-        """Train on each training example once, in minibatches of a new random order."""
+    def train_epoch(self, title: str = "") -> Epoch:
+        """Train on each training example once, in minibatches of a new random order.
+
+        Without a title there is no progress bar.
+        """
         x, y = self.data.train
         size = self.config.batch_size
         self.optimizer.lr = decayed_lr(self.config, epoch=len(self.history))
@@ -194,8 +242,9 @@ class Trainer:
         # The few examples left over would make a noisy minibatch, and one alone has no variance.
         minibatches = order[: len(x) // size * size].reshape(-1, size)
         losses, hits = [], 0
-        # disable=None shows the bar on a terminal only.
-        bar = require("tqdm").tqdm(minibatches, desc=title, leave=False, disable=None)
+        # None shows the bar on a terminal only.
+        disable = None if title else True
+        bar = require("tqdm").tqdm(minibatches, desc=title, leave=False, disable=disable)
         with bar, np.errstate(all="ignore"):  # a diverging loss is told below, once
             for rows in bar:
                 logits = self.network.forward(x[rows])
@@ -316,7 +365,8 @@ def load_checkpoint(
         if written != CHECKPOINT:
             raise foreign
         saved = about["config"]
-        config = Config(**{**saved, "hidden": tuple(saved["hidden"])})
+        # Fields that were added since have the defaults that there were.
+        config = configure({**saved, "hidden": tuple(saved["hidden"])})
         history = [{name: float(epoch[name]) for name in METRICS} for epoch in about["history"]]
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise foreign from error
@@ -414,11 +464,12 @@ def make_optimizer(config: Config, network: Sequential) -> optim.Optimizer:
         case "sgd":
             return optim.SGD(layers, config.lr)
         case "momentum":
-            return optim.SGD(layers, config.lr, momentum=0.9)
+            return optim.SGD(layers, config.lr, momentum=config.momentum or 0.0)
         case "rmsprop":
             return optim.RMSprop(layers, config.lr)
         case _:
-            return optim.Adam(layers, config.lr)
+            betas = config.beta1 or 0.0, config.beta2 or 0.0
+            return optim.Adam(layers, config.lr, betas=betas, eps=config.eps or 1e-8)
 
 
 def decayed_lr(config: Config, epoch: int) -> float:

@@ -1,0 +1,460 @@
+"""`search`: hyper-parameters for a function, by workers in parallel."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fastbn
+from fastbn.demo import DemoError, require
+from fastbn.demo.files import one_line
+from fastbn.tune.importance import importances
+from fastbn.tune.rounds import (
+    ATTEMPTS,
+    POLL,
+    SAMPLERS,
+    Box,
+    Objective,
+    Plan,
+    Record,
+    Search,
+    ranked,
+)
+from fastbn.tune.show import Show
+from fastbn.tune.space import Params, Scale, Space, Value, tiers_of
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+# A tier is tuned if there are so many trials for each of its and the earlier hyper-parameters.
+TRIALS_EACH = 6
+THREADS = ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+SECONDS_TO_END = 10  # for a worker that is told to end
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search found.
+
+    Attributes
+    ----------
+    best : dict
+        The hyper-parameters of the best complete trial, those held included.
+    value : float
+        Its value.
+    trials : list of Record
+        All trials, by number.
+    tiers : list of dict
+        The space, tier by tier.
+    boxes : list of dict
+        The part of the space that each round searched; without what was held.
+    importances : dict
+        How much of the order of the trials each tuned hyper-parameter explains (fANOVA over ranks).
+    """
+
+    best: Params
+    value: float
+    trials: list[Record]
+    tiers: list[dict[str, Scale]]
+    boxes: list[Box]
+
+    @cached_property
+    def importances(self) -> dict[str, float]:  # noqa: D102
+        with _quiet():
+            return importances(self.trials, self.boxes[0])
+
+
+def search(
+    objective: Objective,
+    space: Space,
+    *,
+    trials: int = 40,
+    rounds: int | None = None,
+    sampler: str = "random",
+    prune: bool = True,
+    start: Mapping[str, Value] | None = None,
+    workers: int = 1,
+    storage: str | None = None,
+    study: str = "study",
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Look for the hyper-parameters that make a function small: random, then coarse to fine.
+
+    The trials of the first round are spread over the whole space, those of each later round over
+    the box around the best few so far (a fifth, at least three), on the same scales.
+
+    Parameters
+    ----------
+    objective : callable
+        ``objective(params)`` gets a dict of hyper-parameters and returns a number, the smaller the
+        better. As a generator it yields one after each epoch, and the last one counts: then
+        hopeless trials are stopped early. With several workers it is a function of a module.
+    space : dict of scales, or list of such dicts
+        The scale of each hyper-parameter by its name. Several dicts are tiers, the most important
+        first: a tier is tuned if there are at least 6 trials for each hyper-parameter in it and in
+        the tiers before it, else held as in start. The first one always is.
+    trials : int
+        How many trials all workers on all machines make together.
+    rounds : int
+        From 1 (no zoom) to trials; by default 2, and 1 for the samplers that zoom of themselves.
+    sampler : str
+        "random", or Optuna's "tpe" or "cmaes".
+    prune : bool
+        Whether hopeless trials are stopped: by successive halving after a quarter and half of the
+        steps. Which ones depends on the order in which the workers get there.
+    start : dict, optional
+        The configuration that is tried first, and held where it is not tuned; by default the
+        middle of each scale is held, and all trials are drawn.
+    workers : int
+        How many processes. 1 runs in this one; more divide `fastbn.get_num_threads` among them.
+        Where processes are spawned, call this under ``if __name__ == "__main__":``.
+    storage : str, optional
+        Where the study is kept, to be resumed, and joined by other machines: the name of a file
+        (Optuna's journal), "sqlite:///FILE", "postgresql://..." or "grpc://HOST:PORT".
+    study : str
+        Its name there.
+    seed : int
+        What is drawn depends on it (and, but for the random sampler, on the trials before).
+    progress : bool
+        Whether the trials are shown: a live table on a terminal, else a line each.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above, an extra is missing, the storage cannot be used or has a
+        study of that name with another plan, or no trial gave a finite number.
+    KeyboardInterrupt
+        After Ctrl-C. The running trials wait again: the same call resumes the study.
+
+    Notes
+    -----
+    An exception in the objective ends the search; its trial waits again. A trial whose worker dies
+    is given to another one, three times at most.
+
+    References
+    ----------
+    Bergstra and Bengio, Random search for hyper-parameter optimization, JMLR 13, 2012.
+    Li et al., A system for massively parallel hyperparameter tuning, MLSys 2020.
+
+    Examples
+    --------
+    >>> from fastbn.tune import log_uniform, search
+    >>> def objective(params):
+    ...     return abs(params["lr"] - 0.01)
+    >>> result = search(objective, {"lr": log_uniform(1e-4, 1)}, progress=False)
+    >>> 0.005 < result.best["lr"] < 0.02
+    True
+    """
+    tiers = tiers_of(space)
+    counts = {"trials": trials, "workers": workers, "seed": seed}
+    for name, count in counts.items():
+        low = 0 if name == "seed" else 1
+        if type(count) is not int or count < low:
+            raise DemoError(f"{name}: expected an integer from {low}, got {count!r}")
+    if sampler not in SAMPLERS:
+        raise DemoError(f"sampler: expected {' or '.join(SAMPLERS)}, got {sampler!r}")
+    if rounds is None:
+        rounds = min(2, trials) if sampler == "random" else 1
+    if type(rounds) is not int or not 1 <= rounds <= trials:
+        raise DemoError(f"rounds: expected an integer from 1 to {trials} trials, got {rounds!r}")
+    if not callable(objective):
+        raise TypeError(f"objective: expected a function, got {objective!r}")
+    start = _checked(start, tiers)
+    tuned = tuned_of(tiers, trials)
+    held = {
+        name: start[name] if start else scale.at(0.5)
+        for tier in tiers
+        for name, scale in tier.items()
+        if name not in tuned
+    }
+    plan = Plan(objective, tuned, held, start, trials, rounds, sampler, prune, seed, study)
+    show = Show(trials) if progress else None
+    with _quiet(), _somewhere(storage, workers) as url, opened(url) as shared:
+        process = Search(plan, shared)
+        with show or nullcontext():
+            tick: Callable[[], object] = (
+                (lambda: show.update(process.records())) if show else (lambda: None)
+            )
+            if workers == 1:
+                process.work(f"{_here()}-0", tick)
+            else:
+                _supervise(process, url, workers, tick)
+        records = process.records()
+    best = next(iter(ranked(records)), None)
+    if not best:
+        raise DemoError(f"objective: expected a finite number, got none in {trials} trials")
+    boxes = [each.box for each in process.rounds]
+    return Result(best.params, best.sort_value, records, tiers, boxes)
+
+
+def _checked(start: Mapping[str, Value] | None, tiers: list[dict[str, Scale]]) -> Params:
+    """Return the configuration to start from, empty if there is none."""
+    if start is None:
+        return {}
+    known = {name: scale for tier in tiers for name, scale in tier.items()}
+    if start.keys() != known.keys():
+        raise DemoError(f"start: expected {', '.join(known)}, got {', '.join(start) or 'nothing'}")
+    for name, value in start.items():
+        if value not in known[name]:
+            raise DemoError(f"start: {name}: expected a value of {known[name]}, got {value!r}")
+    return dict(start)
+
+
+def tuned_of(tiers: list[dict[str, Scale]], trials: int) -> dict[str, Scale]:
+    """Return the hyper-parameters that so many trials are enough for, tier by tier."""
+    tuned = dict(tiers[0])
+    for tier in tiers[1:]:
+        if trials < TRIALS_EACH * (len(tuned) + len(tier)):
+            break
+        tuned |= tier
+    return tuned
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Optuna from reporting what is shown anyway."""
+    logging = require("optuna", "tune").logging
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _somewhere(storage: str | None, workers: int) -> AbstractContextManager[str | None]:
+    """Return the storage, or a temporary one where several processes need one."""
+    if storage is not None or workers == 1:
+        return nullcontext(storage)
+
+    @contextmanager
+    def temporary() -> Iterator[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            yield str(Path(folder, "journal"))
+
+    return temporary()
+
+
+@contextmanager
+def opened(url: str | None) -> Iterator[BaseStorage]:
+    """Open a storage, and close it in the end."""
+    try:
+        storage, close = _open(url)
+    except DemoError:
+        raise
+    except Exception as error:  # each kind of storage has its own ones
+        why = (str(error).splitlines() or [type(error).__name__])[0]  # the SQL stands below
+        raise DemoError(f"storage: {url}: cannot be used: {why}") from error
+    try:
+        yield storage
+    finally:
+        close()
+
+
+def _open(url: str | None) -> tuple[BaseStorage, Callable[[], object]]:
+    optuna = require("optuna", "tune")
+    storages = optuna.storages
+    if url is None:
+        return storages.InMemoryStorage(), lambda: None
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        Path(url).resolve().parent.mkdir(parents=True, exist_ok=True)
+        # Symbolic links, Optuna's own choice, need a privilege on Windows.
+        lock = storages.journal.JournalFileOpenLock(url)
+        backend = storages.journal.JournalFileBackend(url, lock)
+        return storages.JournalStorage(backend), lambda: None
+    if scheme == "grpc":
+        require("grpc", "servers")
+        host, _, port = rest.rpartition(":")
+        if not host or not port.isdecimal():
+            raise DemoError(f"storage: expected grpc://HOST:PORT, got {url}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            proxy = storages.GrpcStorageProxy(host=host, port=int(port))
+        proxy.wait_server_ready(timeout=10)
+        return proxy, proxy.close
+    if scheme == "postgresql":
+        require("psycopg2", "servers")
+    return _open_database(url)
+
+
+def _open_database(url: str) -> tuple[BaseStorage, Callable[[], object]]:
+    storages = require("optuna", "tune").storages
+    sqlite = url.startswith("sqlite")
+    options = {"connect_args": {"timeout": 60}} if sqlite else {}
+    for attempt in range(5):
+        try:
+            database = storages.RDBStorage(url, engine_kwargs=options)
+            break
+        except Exception:
+            # Two that open a new database at once disagree on who creates the tables.
+            if attempt == 4 or isinstance(sys.exc_info()[1], ImportError):
+                raise
+            time.sleep(POLL)
+    if sqlite:
+        # SQLite locks when a transaction writes first, so that two could claim the same trial
+        # after having read that it waits. Locked from the beginning they cannot.
+        event = require("sqlalchemy.event", "tune")
+        database.engine.dispose()
+        event.listen(
+            database.engine, "connect", lambda raw, _: setattr(raw, "isolation_level", None)
+        )
+        event.listen(database.engine, "begin", lambda each: each.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storages.get_storage(database), database.engine.dispose
+
+
+def _here() -> str:
+    """Return a name for this process, different on every machine and at every start."""
+    return f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
+
+
+class _Worker:
+    """A process that works, as its parent sees it."""
+
+    def __init__(self, plan: Plan, url: str | None, name: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.failure, sender = context.Pipe(duplex=False)
+        self.process: BaseProcess = context.Process(
+            target=_work, args=(plan, url, name, sender), name=name
+        )
+        self.process.start()
+        sender.close()
+
+    def why(self) -> tuple[str, str] | None:
+        """Return the error that ended it and its traceback, None if it just died."""
+        with suppress(EOFError, OSError):
+            if self.failure.poll():
+                error: tuple[str, str] = self.failure.recv()
+                return error
+        return None
+
+    def close(self) -> None:
+        """Let go of a process that has ended."""
+        self.failure.close()
+        self.process.join()
+        self.process.close()
+
+
+def _work(plan: Plan, url: str | None, name: str, failure: Connection) -> None:
+    """Be a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        with _quiet(), opened(url) as storage:
+            Search(plan, storage).work(name)
+    except Exception as error:
+        text = (
+            one_line(error)
+            if isinstance(error, DemoError)
+            else (f"objective: {type(error).__name__}: {one_line(error)}")
+        )
+        failure.send((text, "" if isinstance(error, DemoError) else traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def _end(number: int, frame: object) -> None:  # noqa: ARG001
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(1)
+
+
+def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[], object]) -> None:
+    """Start workers, replace those that die, until the search is over."""
+    try:
+        pickle.dumps(search.plan)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise DemoError(
+            f"objective: expected a function of a module, for {workers} workers: {one_line(error)}"
+        ) from error
+    here, started, idle_deaths = _here(), 0, 0
+    alive: list[_Worker] = []
+    try:
+        while (current := search.current()) is not None:
+            with _divided(workers):
+                while len(alive) < workers:
+                    alive.append(_Worker(search.plan, url, f"{here}-{started}"))
+                    started += 1
+            tick()
+            wait([worker.process.sentinel for worker in alive], timeout=POLL)
+            current.tend()
+            for worker in [w for w in alive if not w.process.is_alive()]:
+                if search.current() is None:
+                    break
+                alive.remove(worker)
+                why, code = worker.why(), worker.process.exitcode
+                worker.close()
+                if why:
+                    failure = DemoError(why[0])
+                    failure.add_note(why[1])
+                    raise failure
+                current.release_all(worker.name, lost=True)
+                worked = any(record.worker == worker.name for record in search.records())
+                idle_deaths = 0 if worked or code == 0 else idle_deaths + 1
+                if idle_deaths == ATTEMPTS:
+                    raise DemoError(
+                        f"workers: {ATTEMPTS} ended before their first trial, the last with exit"
+                        f" code {code}; is the search started from a file,"
+                        ' under `if __name__ == "__main__":`?'
+                    )
+        tick()
+    except BaseException:
+        _stop(alive)
+        for each in search.rounds:
+            for worker in alive:
+                each.release_all(worker.name)
+        raise
+    finally:
+        for worker in alive:
+            worker.close()
+
+
+def _stop(workers: list[_Worker]) -> None:
+    """End processes: asked first, so that they release what they hold, then by force."""
+    for worker in workers:
+        worker.process.terminate()
+    end = time.monotonic() + SECONDS_TO_END
+    for worker in workers:
+        worker.process.join(max(end - time.monotonic(), 0))
+        worker.process.kill()
+        worker.process.join()
+
+
+@contextmanager
+def _divided(workers: int) -> Iterator[None]:
+    """Let processes started meanwhile share the threads of this one.
+
+    NumPy's libraries and fastbn read these when they are loaded.
+    """
+    share = str(max(1, fastbn.get_num_threads() // workers))
+    before: dict[str, Any] = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, share))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
