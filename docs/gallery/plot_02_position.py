@@ -6,6 +6,8 @@ The course puts batch norm between ``Z = W A`` and the activation, and drops the
 put it after the activation. Both claims are tried on a network of four hidden layers.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from common import SEEDS, band, make_trainer, panels, spread, train
 
@@ -65,11 +67,11 @@ for setting in SETTINGS:
     print(f"{setting[0]:4} {setting[1]:<5g}  before {spread(ends[0])}  after {spread(ends[1])}")
 
 # %%
-# The bands lie on each other: where one position is ahead, it is so by less than seeds differ,
-# apart from the first epochs at the lowest learning rate, where *after* is quicker, and the highest
-# rate of Adam, where *before* ends slightly higher. The course's order is a good default, not a
-# law. What decides in practice is the arithmetic around it: before the activation, batch norm folds
-# into the linear map at inference, and ReLU can be fused to it.
+# In no setting do the two positions end further than three hundredths from each other, which is
+# hardly more than seeds differ. In the first epochs at the lowest learning rate *after* is
+# quicker. The course's order is a good default, not a law. What decides in practice is the
+# arithmetic around it: before the activation, batch norm folds into the linear map at inference,
+# and ReLU can be fused to it.
 
 means = {key: np.mean(accuracies, axis=0) for key, accuracies in curves.items()}
 for setting in SETTINGS:
@@ -88,7 +90,7 @@ assert (means[after_relu, SETTINGS[0]] > means[before_relu, SETTINGS[0]])[:2].al
 def watch(optimizer, lr):
     trainer = make_trainer(before_relu_with_bias, hidden=HIDDEN, optimizer=optimizer, lr=lr)
     layers = list(trainer.network.children.values())
-    pairs = [(a, b) for a, b in zip(layers, layers[1:], strict=False) if "beta" in b.params]
+    pairs = [(a, b) for a, b in pairwise(layers) if "beta" in b.params]
     gradients, sizes = [], []
 
     def note(_):
@@ -114,8 +116,10 @@ for optimizer, lr in (("sgd", 0.3), ("adam", 0.003)):
     left.semilogy(gradients, label=optimizer, linewidth=0.8)
     right.semilogy(sizes, label=optimizer)
     last[optimizer] = np.median(gradients), sizes[-1]
-    print(f"{optimizer:4}  gradient of the bias / of beta: {last[optimizer][0]:.0e} in the median"
-          f"  size of the bias after {len(sizes)} steps: {last[optimizer][1]:.0e}")
+    print(
+        f"{optimizer:4}  gradient of the bias / of beta: {last[optimizer][0]:.0e} in the median"
+        f"  size of the bias after {len(sizes)} steps: {last[optimizer][1]:.0e}"
+    )
 for each in (left, right):
     each.set_xlabel("step")
     each.legend()
@@ -124,11 +128,11 @@ print("adam without bias", spread([run[-1] for run in curves[before_relu, ("adam
 print("adam with bias   ", spread([run[-1] for run in with_bias]))
 
 # %%
-# The gradient is zero up to rounding, ten million times smaller than that of beta, and under gradient
-# descent the bias stays where it was: it is dead weight. Under Adam it does move, a hundred thousand
-# times as far or more: Adam divides each gradient by its own size, so that it turns the noise of
-# rounding into steps. They change nothing in what the network computes while it trains, and cost
-# time and memory; the accuracies above agree. Leave the bias away.
+# The gradient is zero up to rounding, less than a hundred-thousandth of that of beta, and under
+# gradient descent the bias stays where it was: it is dead weight. Under Adam it does move, more
+# than ten thousand times as far: Adam divides each gradient by its own size, so that it turns the
+# noise of rounding into steps. They change nothing in what the network computes while it trains,
+# and cost time and memory; the accuracies above agree. Leave the bias away.
 
 assert last["sgd"][0] < 1e-5
 assert last["adam"][0] < 1e-5

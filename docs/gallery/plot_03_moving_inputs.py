@@ -54,11 +54,11 @@ def shaken(rng):
 NETWORKS = {"without": plain, "batch norm": normed, "batch norm and noise": shaken}
 
 # %%
-# How much the inputs of the fifth linear layer move is measured in two ways, at every fifth step, on
-# 256 training examples that stay the same. *Movement*: by how many of its standard deviations an
-# input changes in one step. *Angle*: that between the gradient of this layer's weights before and
-# after the layers in front of it are updated, in degrees; this is how Santurkar et al. define the
-# shift.
+# How much the inputs of the fifth linear layer move is measured in two ways, at every fifth step,
+# on 256 training examples that stay the same. *Movement*: by how many of its standard deviations
+# an input changes in one step. *Angle*: that between the gradient of this layer's weights before
+# and after the layers in front of it are updated, in degrees; this is how Santurkar et al. define
+# the shift.
 
 
 def probe(network):
@@ -138,13 +138,14 @@ for key, runs in results.items():
     )
 
 # %%
-# The first half of the story holds on this network: batch norm does hold the inputs of deeper layers
-# stiller, by both measures (Santurkar et al. found no difference in theirs). The second half does
-# not. With the noise the inputs move more than ten times as much as without batch norm, and the gradient
-# of a step says next to nothing about the next: the angle is nearly a right one. Yet at the high
-# learning rate this network learns faster than the one without batch norm, whose inputs are so much
-# stiller. So stillness is not what makes batch norm train at high rates. Noise is not free either:
-# at the low rate, where batch norm has nothing to win, it makes learning slower than without.
+# The first half of the story holds on this network: batch norm does hold the inputs of deeper
+# layers stiller, by both measures (Santurkar et al. found no difference in theirs). The second
+# half does not. With the noise the inputs move more than five times as much as without batch norm,
+# and the gradient of a step says next to nothing about the next: the angle is nearly a right one.
+# Yet at the high learning rate this network learns faster than the one without batch norm, whose
+# inputs are so much stiller. So stillness is not what makes batch norm train at high rates. Noise
+# is not free either: at the low rate, where batch norm has nothing to win, it makes learning
+# slower than without.
 
 for lr in LRS:
     still, normed_, noisy = (movement[name, lr] for name in NETWORKS)

@@ -95,7 +95,9 @@ axes[1].legend()
 # training.
 
 profile = {norm: np.median(values, axis=(0, 1)) for norm, values in found.items()}
-axes = panels("change of the loss", "change of the gradient", "effective beta-smoothness", height=2.8)
+axes = panels(
+    "change of the loss", "change of the gradient", "effective beta-smoothness", height=2.8
+)
 for norm, values in profile.items():
     for each, line in zip(axes, values, strict=True):
         each.plot(DISTANCES, line, marker="o", label=NAMES[norm])
@@ -107,8 +109,8 @@ axes[0].legend()
 def tell(depth, profile):
     for norm, (losses, changes, betas) in profile.items():
         print(
-            f"{depth} hidden layers, {NAMES[norm]:15}  at {DISTANCES[-1]:g} gradients the loss changes"
-            f" by {losses[-1]:+.2f}, the gradient by {changes[-1]:.1f} of itself;"
+            f"{depth} hidden layers, {NAMES[norm]:15}  over {DISTANCES[-1]:g} gradients the loss"
+            f" changes by {losses[-1]:+.2f}, the gradient by {changes[-1]:.1f} of itself;"
             f" beta {betas.max():.1f}"
         )
 
@@ -116,15 +118,16 @@ def tell(depth, profile):
 tell(DEPTH, profile)
 
 # %%
-# This part of the story holds, and clearly. Eight gradients away from where it was at its training
-# learning rate, the loss with batch norm is still below that at the start, and the gradient has
-# changed by about itself; without, the loss has risen and the gradient is another by far. That is
-# why batch norm trains at higher rates. Look at the size of beta, too: it is not small with batch
-# norm, only some two times smaller. What differs is how far away the bad places are.
+# This part of the story holds, and clearly. Eight times as far as a step of this training goes,
+# the loss with batch norm is still below that at the start, and the gradient has changed by about
+# itself; without, the loss has risen and the gradient is another by far. That is why batch norm
+# trains at higher rates. Look at the size of beta, too: it is not small with batch norm, only some
+# two times smaller. What differs is how far away the bad places are.
 
 smooth, rough = profile["batch"], profile["none"]
 assert smooth[0, -1] < 0 < rough[0, -1]
-assert smooth[1, -1] < rough[1, -1] / 3
+assert 0.5 < smooth[1, -1] < 1.5
+assert rough[1, -1] > 3 * smooth[1, -1]
 assert rough[2].max() / 4 < smooth[2].max() < rough[2].max() / 1.2
 
 # %%

@@ -52,17 +52,18 @@ axes[0].set_ylabel("held-out accuracy")
 axes[0].legend(loc="lower right")
 
 # %%
-# In the narrow network beta is worth far more than gamma: alone it does nearly all that both do, and
-# gamma alone nearly nothing. Without beta each unit is cut by ReLU at its own mean, on for about
-# half of the examples, and with four units there is no other one to make up for that. Eight units
-# already hide it, and with 64 there is nothing to see: the bands lie on each other, and networks
-# without either learn the training examples just as well. A sauce, then, for networks that have
-# little else on the plate; the linear layer after it can do what gamma does, and the many units of
-# a wide network what beta does.
+# In the narrow network beta is worth far more than gamma: alone it does nearly all that both do,
+# and gamma alone nearly nothing. Without beta each unit is cut by ReLU at its own mean, on for
+# about half of the examples, and with four units there is no other one to make up for that. Eight
+# units already hide it, and with 64 there is nothing to see: the bands lie on each other, and
+# networks without either learn the training examples just as well. A sauce, then, for networks
+# that have little else on the plate; the linear layer after it can do what gamma does, and the
+# many units of a wide network what beta does.
 
 assert accuracy[4, "beta alone"] > accuracy[4, "gamma alone"] + 0.05
 assert abs(accuracy[4, "both"] - accuracy[4, "beta alone"]) < 0.03
 assert abs(accuracy[4, "gamma alone"] - accuracy[4, "none"]) < 0.05
+assert abs(accuracy[8, "both"] - accuracy[8, "none"]) < 0.03
 for name in HELD:
     assert abs(accuracy[64, name] - accuracy[64, "both"]) < 0.01
 assert loss[64, "none"] < 0.02

@@ -68,9 +68,9 @@ def compare(alone):
 ends, ways = compare(alone=False)
 
 # %%
-# All four end within two hundredths of each other, and move gamma and beta by a few hundredths only:
-# the weights do the work. Gradient descent and RMSprop go to and fro more than momentum and Adam,
-# which average their gradients: their paths are longer and lead as far.
+# All four end within two hundredths of each other, and move gamma and beta by a few hundredths
+# only: the weights do the work. Gradient descent and RMSprop go to and fro more than momentum and
+# Adam, which average their gradients: their paths are longer and lead as far.
 
 means = [np.mean(values) for values in ends.values()]
 assert max(means) - min(means) < 0.02
@@ -100,9 +100,9 @@ print(f"trained: {trained:,} of {sum(sizes.values()):,} parameters")
 
 # %%
 # A hundredth of the parameters is enough for about 95%, with random weights around them. (Frankle
-# et al. found the same in large networks, "Training BatchNorm and Only BatchNorm", 2020.) Now gamma
-# and beta go far. Again the four agree with each other, and again the averaging ones take the
-# shorter way.
+# et al. found the same in large networks, "Training BatchNorm and Only BatchNorm", 2020.) Now
+# gamma and beta go far. Again the four agree with each other, and again the averaging ones take
+# the shorter way.
 
 for optimizer in LR:
     assert np.mean(ends[optimizer]) > 0.92
