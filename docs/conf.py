@@ -18,8 +18,9 @@ exclude_patterns = ["_build", "gallery"]
 # Docstrings put parameters and functions alike between single backticks; what is no name to link to
 # is set as code.
 default_role = "py:obj"
-autosummary_ignore_module_all = False
+autodoc_typehints = "none"  # the docstrings tell types and shapes in fewer words
 numpydoc_show_class_members = False
+toc_object_entries_show_parents = "hide"
 templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -29,9 +30,11 @@ html_theme = "pydata_sphinx_theme"
 html_title = "fastbn"
 html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
+html_sidebars = dict.fromkeys(("start", "notation"), [])  # they have no pages beneath them
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 html_theme_options = {
     "logo": {"text": "fastbn"},
+    "navbar_persistent": ["search-button"],
     "navigation_with_keys": False,
     "header_links_before_dropdown": 6,
     "show_toc_level": 2,

@@ -123,6 +123,7 @@ for optimizer, lr in (("sgd", 0.3), ("adam", 0.003)):
 for each in (left, right):
     each.set_xlabel("step")
     each.legend()
+left.set_ylim(1e-9, 1e-5)
 with_bias = runs(before_relu_with_bias, "adam", 0.003)
 print("adam without bias", spread([run[-1] for run in curves[before_relu, ("adam", 0.003)]]))
 print("adam with bias   ", spread([run[-1] for run in with_bias]))

@@ -84,8 +84,8 @@ for norm, values in found.items():
     for each, runs in zip(axes, np.moveaxis(values.max(axis=-1), 2, 0), strict=True):
         band(each, steps, runs, NAMES[norm])
 axes[0].set_yscale("symlog", linthresh=0.1)
-for each in axes[1:]:
-    each.set_yscale("log")
+axes[1].set(yscale="log", ylim=(0.1, 100))
+axes[2].set(yscale="log", ylim=(1, 1000))
 for each in axes:
     each.set_xlabel("step")
 axes[1].legend()
@@ -103,14 +103,16 @@ for norm, values in profile.items():
         each.plot(DISTANCES, line, marker="o", label=NAMES[norm])
 for each in axes:
     each.set(xscale="log", xlabel="distance, in gradients")
+    each.set_xticks(DISTANCES, DISTANCES)
+    each.minorticks_off()
 axes[0].legend()
 
 
 def tell(depth, profile):
     for norm, (losses, changes, betas) in profile.items():
         print(
-            f"{depth} hidden layers, {NAMES[norm]:15}  over {DISTANCES[-1]:g} gradients the loss"
-            f" changes by {losses[-1]:+.2f}, the gradient by {changes[-1]:.1f} of itself;"
+            f"depth {depth}, {NAMES[norm]:15}  at {DISTANCES[-1]:g} the loss has changed"
+            f" by {losses[-1]:+.2f}, the gradient by {changes[-1]:.1f} of itself;"
             f" beta {betas.max():.1f}"
         )
 

@@ -49,7 +49,7 @@ for (width, name), runs in results.items():
 for each, low in zip(axes, (0.5, 0.8, 0.9), strict=True):
     each.set(ylim=(low, 1), xlabel="epoch")
 axes[0].set_ylabel("held-out accuracy")
-axes[0].legend(loc="lower right")
+axes[2].legend(loc="lower right")
 
 # %%
 # In the narrow network beta is worth far more than gamma: alone it does nearly all that both do,

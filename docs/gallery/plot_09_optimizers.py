@@ -70,7 +70,7 @@ ends, ways = compare(alone=False)
 # %%
 # All four end within two hundredths of each other, and move gamma and beta by a few hundredths
 # only: the weights do the work. Gradient descent and RMSprop go to and fro more than momentum and
-# Adam, which average their gradients: their paths are longer and lead as far.
+# Adam, which average their gradients: their paths are longer, and lead hardly further.
 
 means = [np.mean(values) for values in ends.values()]
 assert max(means) - min(means) < 0.02
