@@ -30,7 +30,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = "fastbn"
 html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
-html_sidebars = dict.fromkeys(("start", "notation"), [])  # they have no pages beneath them
+html_sidebars = {"start": [], "notation": []}  # they have no pages beneath them
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 html_theme_options = {
     "logo": {"text": "fastbn"},

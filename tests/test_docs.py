@@ -1,6 +1,5 @@
 """What of the pages can be held without building them (`nox -s docs` builds them)."""
 
-import inspect
 import pkgutil
 import re
 from importlib import import_module
@@ -13,27 +12,26 @@ import fastbn
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 GALLERY = sorted((ROOT / "docs" / "gallery").glob("plot_*.py"))
-# To read and to copy, or the insides of what `fastbn` itself gives out.
-NOT_TO_IMPORT = {"cli", "demo", "functional", "layer"}
 
 
 def public_names():
-    modules = [fastbn] + [
+    """Return what users may import: the names of fastbn, of its modules, and of any __all__."""
+    modules = [
         import_module(f"fastbn.{each.name}")
         for each in pkgutil.iter_modules(fastbn.__path__)
-        if not each.name.startswith("_") and each.name not in NOT_TO_IMPORT
+        if not each.name.startswith("_")
     ]
-    return {
-        f"{module.__name__}.{name}"
-        for module in modules
-        for name in getattr(module, "__all__", vars(module))
-        if not name.startswith("_")
-        and (
-            hasattr(module, "__all__")
-            or getattr(getattr(module, name), "__module__", None) == module.__name__
-        )
-        and not inspect.ismodule(getattr(module, name))
-    }
+    names = {f"fastbn.{name}" for name in fastbn.__all__}
+    for module in modules:
+        if hasattr(module, "__all__"):
+            names |= {f"{module.__name__}.{name}" for name in module.__all__}
+        elif module.__name__ in names:
+            names |= {
+                f"{module.__name__}.{name}"
+                for name, value in vars(module).items()
+                if getattr(value, "__module__", None) == module.__name__ and name[0] != "_"
+            }
+    return names - {module.__name__ for module in modules}
 
 
 def referenced_names():

@@ -1,10 +1,14 @@
 """What the pages share: trainings of the demo network, seeds, and curves with their spread."""
 
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from fastbn.demo.data import Data, load
+from fastbn.demo.layers import Flatten, Linear
+from fastbn.demo.network import Sequential
 from fastbn.demo.train import DivergedError, Trainer, configure, make_optimizer
 
 threadpool_limits(1, user_api="blas")  # as the demo does: the same bits on any number of cores
@@ -43,6 +47,16 @@ def make_trainer(network=None, *, data=DATA, **options):
         trainer.network = network(np.random.default_rng(config.seed))
         trainer.optimizer = make_optimizer(config, trainer.network)
     return trainer
+
+
+def perceptron(rng, hidden, between, *, bias=False):
+    """Build the demo's multilayer perceptron with the layers ``between(units)`` after each linear
+    layer but the last.
+    """
+    layers = [Flatten()]
+    for n_in, n_out in pairwise((64, *hidden)):
+        layers += [Linear(n_in, n_out, bias=bias, rng=rng), *between(n_out)]
+    return Sequential(*layers, Linear(hidden[-1], 10, bias=True, rng=rng))
 
 
 def train(trainer, epochs):

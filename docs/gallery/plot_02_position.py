@@ -9,35 +9,24 @@ put it after the activation. Both claims are tried on a network of four hidden l
 from itertools import pairwise
 
 import numpy as np
-from common import SEEDS, band, make_trainer, panels, spread, train
+from common import SEEDS, band, make_trainer, panels, perceptron, spread, train
 
-from fastbn.demo.layers import Linear, ReLU
-from fastbn.demo.network import Sequential, mlp
+from fastbn import BatchNorm
+from fastbn.demo.layers import ReLU
 
 HIDDEN, EPOCHS = (64,) * 4, 15
 
 
-def network(rng, *, after=False, bias=False):
-    """The demo's network with batch norm, changed as asked."""
-    layers = list(mlp([64, *HIDDEN, 10], norm=True, rng=rng).children.values())
-    for index, layer in enumerate(layers):
-        if bias and isinstance(layer, Linear):
-            layer.params.setdefault("bias", np.zeros(len(layer.params["weight"]), np.float32))
-        if after and isinstance(layer, ReLU):
-            layers[index - 1 : index + 1] = layer, layers[index - 1]
-    return Sequential(*layers)
-
-
 def before_relu(rng):
-    return network(rng)
+    return perceptron(rng, HIDDEN, lambda units: [BatchNorm(units), ReLU()])
 
 
 def after_relu(rng):
-    return network(rng, after=True)
+    return perceptron(rng, HIDDEN, lambda units: [ReLU(), BatchNorm(units)])
 
 
 def before_relu_with_bias(rng):
-    return network(rng, bias=True)
+    return perceptron(rng, HIDDEN, lambda units: [BatchNorm(units), ReLU()], bias=True)
 
 
 def runs(build, optimizer, lr):
@@ -90,7 +79,7 @@ assert (means[after_relu, SETTINGS[0]] > means[before_relu, SETTINGS[0]])[:2].al
 def watch(optimizer, lr):
     trainer = make_trainer(before_relu_with_bias, hidden=HIDDEN, optimizer=optimizer, lr=lr)
     layers = list(trainer.network.children.values())
-    pairs = [(a, b) for a, b in pairwise(layers) if "beta" in b.params]
+    pairs = [(a, b) for a, b in pairwise(layers) if isinstance(b, BatchNorm)]
     gradients, sizes = [], []
 
     def note(_):

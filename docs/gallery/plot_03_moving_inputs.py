@@ -12,11 +12,10 @@ movement, measured, and the experiment.
 from copy import deepcopy
 
 import numpy as np
-from common import DATA, band, make_trainer, panels, train
+from common import DATA, band, make_trainer, panels, perceptron, train
 
 from fastbn import BatchNorm
-from fastbn.demo.layers import Layer, Linear, softmax_cross_entropy
-from fastbn.demo.network import Sequential, mlp
+from fastbn.demo.layers import Layer, Linear, ReLU, softmax_cross_entropy
 
 HIDDEN, EPOCHS, SEEDS, MIDDLE = (64,) * 6, 12, range(3), 4
 NOISE = np.random.default_rng(0)  # one for all layers and their copies: no two draws are alike
@@ -37,18 +36,15 @@ class Shake(Layer):
 
 
 def plain(rng):
-    return mlp([64, *HIDDEN, 10], norm=False, rng=rng)
+    return perceptron(rng, HIDDEN, lambda _: [ReLU()], bias=True)
 
 
 def normed(rng):
-    return mlp([64, *HIDDEN, 10], norm=True, rng=rng)
+    return perceptron(rng, HIDDEN, lambda units: [BatchNorm(units), ReLU()])
 
 
 def shaken(rng):
-    layers = []
-    for layer in normed(rng).children.values():
-        layers += [layer, Shake()] if isinstance(layer, BatchNorm) else [layer]
-    return Sequential(*layers)
+    return perceptron(rng, HIDDEN, lambda units: [BatchNorm(units), Shake(), ReLU()])
 
 
 NETWORKS = {"without": plain, "batch norm": normed, "batch norm and noise": shaken}

@@ -8,11 +8,10 @@ noise; then what it does for examples that were not trained on; and what is left
 """
 
 import numpy as np
-from common import DATA, band, make_trainer, panels, spread, train
+from common import DATA, band, make_trainer, panels, perceptron, spread, train
 
 from fastbn import BatchNorm, batch_norm
 from fastbn.demo.data import Data
-from fastbn.demo.network import mlp
 
 # %%
 # The noise
@@ -75,14 +74,10 @@ FEW = Data(tuple(part[:320] for part in DATA.train), DATA.validation, DATA.test)
 
 
 def virtual(size):
-    def network(rng):
-        network = mlp([64, *HIDDEN, 10], norm=True, rng=rng)
-        for name, layer in network.children.items():
-            if isinstance(layer, BatchNorm):
-                network.children[name] = BatchNorm(layer.num_features, virtual_batch_size=size)
-        return network
+    def norm(units):
+        return [BatchNorm(units, activation="relu", virtual_batch_size=size)]
 
-    return network
+    return lambda rng: perceptron(rng, HIDDEN, norm)
 
 
 def results(build, **options):

@@ -11,26 +11,26 @@ sixteen of the demo's blocks, with eight channels, on the digits.
 import numpy as np
 from common import band, make_trainer, panels, spread, train
 
-from fastbn.demo.layers import GlobalAveragePool, Linear, ReLU
-from fastbn.demo.network import ResBlock, Sequential, conv_norm
+from fastbn.demo.layers import Conv2d, GlobalAveragePool, Linear
+from fastbn.demo.network import ResBlock, Sequential, norm_layers
 
 CHANNELS, EPOCHS, SEEDS, DEPTHS, LRS = 8, 8, range(3), (1, 4, 16), (0.1, 1.0)
+KINDS = {"without": ("none", False), "batch norm": ("batch", False), "gamma = 0": ("batch", True)}
 
 
 def network(blocks, norm, zero_gamma, rng):
     """The demo's residual network, all blocks of one width and size."""
-    layers = [*conv_norm(1, CHANNELS, 3, 2, norm, rng, np.float32), ReLU()]
-    for _ in range(blocks):
-        block = ResBlock(CHANNELS, CHANNELS, norm=norm, rng=rng)
-        if zero_gamma:
-            [*_, last] = block.children["main"].children.values()
-            last.gamma = np.zeros(CHANNELS)
-        layers.append(block)
-    layers += [GlobalAveragePool(), Linear(CHANNELS, 10, bias=True, rng=rng)]
-    return Sequential(*layers)
-
-
-KINDS = {"without": (False, False), "batch norm": (True, False), "gamma = 0": (True, True)}
+    first = Conv2d(1, CHANNELS, stride=2, bias=norm == "none", rng=rng)
+    return Sequential(
+        first,
+        *norm_layers(norm, CHANNELS, "relu", np.float32),
+        *(
+            ResBlock(CHANNELS, CHANNELS, norm=norm, zero_gamma=zero_gamma, rng=rng)
+            for _ in range(blocks)
+        ),
+        GlobalAveragePool(),
+        Linear(CHANNELS, 10, bias=True, rng=rng),
+    )
 
 
 def accuracies(lr, blocks, kind, seed):
