@@ -61,7 +61,7 @@ for row in (axes[0], axes[len(DEPTHS)]):
 late = {key: runs[:, -4:].mean() for key, runs in results.items()}
 for (lr, blocks, kind), runs in results.items():
     print(
-        f"learning rate {lr:<3g}  {blocks:2} blocks  {kind:10}"
+        f"learning rate {lr:<3g}  blocks {blocks:2}  {kind:10}"
         f"  accuracy over the last four epochs {spread(runs[:, -4:].mean(axis=1))}"
     )
 
