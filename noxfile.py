@@ -22,6 +22,7 @@ def oldest(session):
     """Run the tests with the oldest dependencies that pyproject.toml allows at run time."""
     session.install(".[test]")
     session.install("numpy==1.26.0", "scikit-learn==1.4.0", "matplotlib==3.8.0", "scipy==1.11.4")
+    session.install("safetensors==0.5.0")
     session.install("pyparsing==3.1.0")  # matplotlib 3.8 calls what later ones deprecate
     # Deprecations of old versions are their own affair.
     session.run("pytest", "-W", "default::DeprecationWarning", *session.posargs)
@@ -29,9 +30,10 @@ def oldest(session):
 
 @nox.session
 def peers(session):
-    """Run the tests that compare with PyTorch and ONNX, which the other sessions skip."""
-    session.install(".[test]", "torch==2.13.0", "onnx")
-    session.run("pytest", "-k", "torch or onnx", *session.posargs)
+    """Run the tests that compare with PyTorch, ONNX and Keras, which the other sessions skip."""
+    session.install(".[test]", "torch==2.13.0", "onnx", "keras")
+    names = "torch or onnx or keras"
+    session.run("pytest", "-k", names, *session.posargs, env={"KERAS_BACKEND": "torch"})
 
 
 @nox.session

@@ -144,7 +144,9 @@ def extension(module: str, source: str, variant: Variant = VARIANTS[0]) -> Exten
         language="c++",
         include_dirs=[numpy.get_include(), "fastbn"],
         depends=[
-            str(path) for pattern in ("*.hpp", "*.pxd") for path in Path("fastbn").glob(pattern)
+            str(path)
+            for pattern in ("*.hpp", "*.pxd", "*.pxi")
+            for path in Path("fastbn").glob(pattern)
         ],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     )

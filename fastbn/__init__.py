@@ -6,19 +6,44 @@ from fastbn import optim
 from fastbn._blocks import set_recycling
 from fastbn._dispatch import runtime_info
 from fastbn._pool import get_num_threads, set_num_threads
-from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference
-from fastbn.layer import BatchNorm
+from fastbn.checkpoint import load, save
+from fastbn.functional import (
+    Moments,
+    batch_moments,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_backward_apply,
+    batch_norm_backward_reduce,
+    batch_norm_inference,
+    instance_norm,
+    instance_norm_backward,
+    merge_moments,
+    normalize,
+)
+from fastbn.layer import BatchNorm, InstanceNorm, update_statistics
 
 __all__ = [
     "BatchNorm",
+    "InstanceNorm",
+    "Moments",
+    "batch_moments",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_apply",
+    "batch_norm_backward_reduce",
     "batch_norm_inference",
     "get_num_threads",
+    "instance_norm",
+    "instance_norm_backward",
+    "load",
+    "merge_moments",
+    "normalize",
     "optim",
     "runtime_info",
+    "save",
     "set_num_threads",
     "set_recycling",
+    "update_statistics",
 ]
 __version__ = "0.1.0"
 

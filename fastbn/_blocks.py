@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+ALIGNMENT = 128  # bytes: the largest pack, so that whole ones can be written past the cache
 
 # By identity, the one that came back last is last. A block may die anywhere, also inside these
 # functions, so there is no lock to be held: each step is one operation of the dictionary, which is
@@ -54,10 +54,13 @@ def _take(size: int) -> NDArray[np.uint8]:
     return memory[-address % ALIGNMENT :][:size]
 
 
-def empty_like(array: NDArray[Any]) -> NDArray[Any]:
-    """Return an uninitialised array of the same shape, dtype and strides (which have no gaps)."""
-    buffer = np.asarray(_Block(_take(array.nbytes)))
-    return np.ndarray(array.shape, array.dtype, buffer, strides=array.strides)
+def empty_like(array: NDArray[Any], offset: int = 0) -> NDArray[Any]:
+    """Return an uninitialised array of the same shape, dtype and strides (which have no gaps).
+
+    Its address is `offset` bytes behind a multiple of ALIGNMENT.
+    """
+    buffer = np.asarray(_Block(_take(array.nbytes + offset)))
+    return np.ndarray(array.shape, array.dtype, buffer, offset, array.strides)
 
 
 def set_recycling(max_bytes: int) -> int:

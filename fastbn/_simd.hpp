@@ -71,6 +71,9 @@ INLINE void narrow(Bfloat& b, float value) {
     b.bits = (std::uint16_t)(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+// A pack: native registers, doubled until 16 lanes are together.
+template <class H> struct Twice { static constexpr int lanes = 2 * H::lanes; H lo, hi; };
+
 #if defined(__AVX512F__)
 
 struct F { static constexpr int lanes = 16; __m512 v; };
@@ -90,6 +93,21 @@ INLINE D root(D a) { return {_mm512_sqrt_pd(a.v)}; }
 INLINE D multiply_add(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 INLINE D choose_less(D a, D b, D yes, D no) {
     return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+// Bits are of lanes, the lowest of the first. Above 0 is also what cannot be compared with it.
+INLINE unsigned above_zero(F a) {
+    return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+}
+INLINE unsigned above_zero(D a) {
+    return _mm512_cmp_pd_mask(a.v, _mm512_setzero_pd(), _CMP_NLE_UQ);
+}
+INLINE F select(unsigned bits, F a, F b) {
+    return {_mm512_mask_blend_ps((__mmask16)bits, b.v, a.v)};
+}
+INLINE D select(unsigned bits, D a, D b) { return {_mm512_mask_blend_pd((__mmask8)bits, b.v, a.v)}; }
+INLINE Twice<D> widen(F a) {
+    return {{_mm512_cvtps_pd(_mm512_castps512_ps256(a.v))},
+            {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))}};
 }
 INLINE void set(F& a, float value) { a.v = _mm512_set1_ps(value); }
 INLINE void set(D& a, double value) { a.v = _mm512_set1_pd(value); }
@@ -181,6 +199,26 @@ INLINE D multiply_add(D a, D b, D c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; 
 INLINE D choose_less(D a, D b, D yes, D no) {
     return {_mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
 }
+INLINE unsigned above_zero(F a) {
+    return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NLE_UQ));
+}
+INLINE unsigned above_zero(D a) {
+    return (unsigned)_mm256_movemask_pd(_mm256_cmp_pd(a.v, _mm256_setzero_pd(), _CMP_NLE_UQ));
+}
+INLINE F select(unsigned bits, F a, F b) {
+    __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i chosen = _mm256_and_si256(_mm256_set1_epi32((int)bits), lanes);
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, lanes)))};
+}
+INLINE D select(unsigned bits, D a, D b) {
+    __m256i lanes = _mm256_setr_epi64x(1, 2, 4, 8);
+    __m256i chosen = _mm256_and_si256(_mm256_set1_epi64x(bits), lanes);
+    return {_mm256_blendv_pd(b.v, a.v, _mm256_castsi256_pd(_mm256_cmpeq_epi64(chosen, lanes)))};
+}
+INLINE Twice<D> widen(F a) {
+    return {{_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))},
+            {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))}};
+}
 INLINE void set(F& a, float value) { a.v = _mm256_set1_ps(value); }
 INLINE void set(D& a, double value) { a.v = _mm256_set1_pd(value); }
 
@@ -263,6 +301,26 @@ INLINE D choose_less(D a, D b, D yes, D no) {
     __m128d less = _mm_cmplt_pd(a.v, b.v);
     return {_mm_or_pd(_mm_and_pd(less, yes.v), _mm_andnot_pd(less, no.v))};
 }
+INLINE unsigned above_zero(F a) {
+    return (unsigned)_mm_movemask_ps(_mm_cmpnle_ps(a.v, _mm_setzero_ps()));
+}
+INLINE unsigned above_zero(D a) {
+    return (unsigned)_mm_movemask_pd(_mm_cmpnle_pd(a.v, _mm_setzero_pd()));
+}
+INLINE __m128i chosen(unsigned bits, __m128i lanes) {
+    return _mm_cmpeq_epi32(_mm_and_si128(_mm_set1_epi32((int)bits), lanes), lanes);
+}
+INLINE F select(unsigned bits, F a, F b) {
+    __m128 mask = _mm_castsi128_ps(chosen(bits, _mm_setr_epi32(1, 2, 4, 8)));
+    return {_mm_or_ps(_mm_and_ps(mask, a.v), _mm_andnot_ps(mask, b.v))};
+}
+INLINE D select(unsigned bits, D a, D b) {
+    __m128d mask = _mm_castsi128_pd(chosen(bits, _mm_setr_epi32(1, 1, 2, 2)));
+    return {_mm_or_pd(_mm_and_pd(mask, a.v), _mm_andnot_pd(mask, b.v))};
+}
+INLINE Twice<D> widen(F a) {
+    return {{_mm_cvtps_pd(a.v)}, {_mm_cvtps_pd(_mm_movehl_ps(a.v, a.v))}};
+}
 INLINE void set(F& a, float value) { a.v = _mm_set1_ps(value); }
 INLINE void set(D& a, double value) { a.v = _mm_set1_pd(value); }
 
@@ -321,6 +379,9 @@ INLINE D multiply_add(D a, D b, D c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 INLINE D choose_less(D a, D b, D yes, D no) {
     return {vbslq_f64(vcltq_f64(a.v, b.v), yes.v, no.v)};
 }
+INLINE Twice<D> widen(F a) {
+    return {{vcvt_f64_f32(vget_low_f32(a.v))}, {vcvt_high_f64_f32(a.v)}};
+}
 INLINE void set(F& a, float value) { a.v = vdupq_n_f32(value); }
 INLINE void set(D& a, double value) { a.v = vdupq_n_f64(value); }
 INLINE void get(F& a, const float* p) { a.v = vld1q_f32(p); }
@@ -345,6 +406,7 @@ INLINE D operator/(D a, D b) { return {a.v / b.v}; }
 INLINE D root(D a) { return {std::sqrt(a.v)}; }
 INLINE D multiply_add(D a, D b, D c) { return {a.v * b.v + c.v}; }
 INLINE D choose_less(D a, D b, D yes, D no) { return a.v < b.v ? yes : no; }
+INLINE D widen(F a) { return {a.v}; }
 INLINE void set(F& a, float value) { a.v = value; }
 INLINE void set(D& a, double value) { a.v = value; }
 INLINE void get(F& a, const float* p) { a.v = *p; }
@@ -367,6 +429,26 @@ template <class V, class T> INLINE void put(T* p, V a, int n) {
     put(buffer, a);
     for (int i = 0; i < n; i++) p[i] = buffer[i];
 }
+// Bits likewise.
+template <class V, class T> INLINE unsigned above_zero_each(V a, T*) {
+    T buffer[V::lanes];
+    unsigned bits = 0;
+    put(buffer, a);
+    for (int i = 0; i < V::lanes; i++) bits |= (unsigned)!(buffer[i] <= 0) << i;
+    return bits;
+}
+INLINE unsigned above_zero(F a) { return above_zero_each(a, (float*)0); }
+INLINE unsigned above_zero(D a) { return above_zero_each(a, (double*)0); }
+template <class V, class T> INLINE V select_each(unsigned bits, V a, V b, T*) {
+    T yes[V::lanes], both[V::lanes];
+    put(yes, a);
+    put(both, b);
+    for (int i = 0; i < V::lanes; i++) if (bits >> i & 1u) both[i] = yes[i];
+    get(a, (const T*)both);
+    return a;
+}
+INLINE F select(unsigned bits, F a, F b) { return select_each(bits, a, b, (float*)0); }
+INLINE D select(unsigned bits, D a, D b) { return select_each(bits, a, b, (double*)0); }
 
 #endif
 
@@ -407,9 +489,6 @@ INLINE D join(D a, D b, int n) { return join_each(a, b, n, (double*)0); }
 // Where the machine has no stores that pass the cache by.
 template <class T> INLINE void put_past_cache(T* p, F a) { put(p, a); }
 template <class T> INLINE void put_past_cache(T* p, D a) { put(p, a); }
-
-// A pack: native registers, doubled until 16 lanes are together.
-template <class H> struct Twice { static constexpr int lanes = 2 * H::lanes; H lo, hi; };
 
 template <class V, bool enough = (V::lanes >= 16)> struct Doubled {
     using type = typename Doubled<Twice<V>>::type;
@@ -477,6 +556,16 @@ template <class H> INLINE Twice<H> join(Twice<H> a, Twice<H> b, int n) {
     return {join(a.lo, b.lo, lower(n, H::lanes)), join(a.hi, b.hi, upper(n, H::lanes))};
 }
 template <class H> INLINE double sum(Twice<H> a) { return sum(a.lo + a.hi); }
+template <class H> INLINE unsigned above_zero(Twice<H> a) {
+    return above_zero(a.lo) | above_zero(a.hi) << H::lanes;
+}
+template <class H> INLINE Twice<H> select(unsigned bits, Twice<H> a, Twice<H> b) {
+    return {select(bits, a.lo, b.lo), select(bits >> H::lanes, a.hi, b.hi)};
+}
+INLINE D widen(D a) { return a; }
+template <class H> INLINE auto widen(Twice<H> a) -> Twice<decltype(widen(a.lo))> {
+    return {widen(a.lo), widen(a.hi)};
+}
 
 // What the kernels call. `lanes` counts the lanes that exist: the others read as zero and are
 // never written. load_wide reads any type as doubles.
@@ -499,6 +588,14 @@ template <class P> INLINE P combine(P a, P b, int n) { return join(a, b, n); }
 INLINE Pack<double> keep_first(Pack<double> a, int lanes) {
     return join(a, fill(0.0), lanes);
 }
+// The first argument is not read: it says what type the pack is of.
+template <class T> INLINE Pack<double> wide(const T*, Pack<T> a) { return widen(a); }
+template <class T> INLINE unsigned signs_of(const T*, Pack<T> a) { return above_zero(a); }
+// Where a sign is set a, elsewhere slope * a; with slope 0 that is 0, whatever a is.
+template <class T> INLINE Pack<T> leak(const T*, unsigned signs, Pack<T> a, double slope) {
+    using E = Element<T>;
+    return select(signs, a, slope == 0 ? fill<E>(0) : a * fill<E>((E)slope));
+}
 INLINE double sum_lanes(Pack<double> a) { return sum(a); }
 INLINE Pack<double> square_root(Pack<double> a) { return root(a); }
 
@@ -509,6 +606,37 @@ INLINE Pack<double> add_exact_product(Pack<double> sum, Pack<double> a, Pack<dou
 }
 // In each lane: a < b ? yes : no.
 template <class P> INLINE P where_less(P a, P b, P yes, P no) { return choose_less(a, b, yes, no); }
+
+// Bits of values, 16 in a word: whether what went into the activation was above 0. Words must be
+// zero at first, and there is one more behind the last: units of work may share a word.
+INLINE void set_bits(std::uint16_t* word, std::uint32_t bits) {
+#if defined(_MSC_VER)
+    if (bits) _InterlockedOr16((short*)word, (short)bits);
+#else
+    if (bits) __atomic_fetch_or(word, (std::uint16_t)bits, __ATOMIC_RELAXED);
+#endif
+}
+// i is a multiple of 16 where all 16 lanes are there.
+INLINE void put_bits(std::uint16_t* words, std::ptrdiff_t i, unsigned bits, int lanes) {
+    words += i >> 4;
+    if (lanes == 16) {
+        *words = (std::uint16_t)bits;
+        return;
+    }
+    std::uint32_t both = (std::uint32_t)(bits & ((1u << lanes) - 1)) << (i & 15);
+    set_bits(words, both & 0xffffu);
+    set_bits(words + 1, both >> 16);
+}
+INLINE unsigned get_bits(const std::uint16_t* words, std::ptrdiff_t i) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    std::uint32_t both;
+    std::memcpy(&both, (const char*)words + (i >> 3), sizeof both);
+    return both >> (i & 7) & 0xffffu;
+#else
+    words += i >> 4;
+    return (words[0] | (std::uint32_t)words[1] << 16) >> (i & 15) & 0xffffu;
+#endif
+}
 
 // Whole packs past the cache. The address must be a multiple of `line<T>()` bytes, and a fence
 // must follow before another thread may look.
@@ -546,7 +674,7 @@ template <class T> constexpr std::size_t element_size(const T*) { return sizeof(
 template <class T> INLINE void put_value(const T*, void* values, std::ptrdiff_t i, double v) {
     ((Element<T>*)values)[i] = (Element<T>)v;
 }
-// Returns what is left of the values after rounding.
+// Returns the values as they were rounded.
 template <class T> INLINE Pack<double> put_values(
     const T*, void* values, std::ptrdiff_t i, Pack<double> a, int lanes
 ) {
@@ -569,6 +697,10 @@ template <class T> INLINE Pack<T> load_values(const T*, const void* values, std:
 template <class T> INLINE const T* at(const T* p, std::ptrdiff_t i) { return p ? p + i : p; }
 template <class T> INLINE double value_of(const T* p) {
     if constexpr (sizeof(T) == 2) return widened(*p); else return *p;
+}
+// As `leak`, of one value.
+template <class T> INLINE double leak_one(const T* p, unsigned sign, double slope) {
+    return sign ? value_of(p) : slope == 0 ? 0 : (Element<T>)value_of(p) * (Element<T>)slope;
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
 """Batch normalisation as functions: check, allocate, call the kernel.
 
-Everything that can be wrong with the arguments is found here, before anything is written. The
-kernels get contiguous memory (see `_plan`) and per-channel values of float64.
+Everything that can be wrong with the arguments is found in `_arguments.pxi`, before anything is
+written. The kernels get contiguous memory (see `_plan`) and per-channel values of float64.
 
 A call with small arrays costs what is done here, so the way of an ndarray that is as one expects,
 contiguous, aligned and of a common type, goes through C alone; anything else takes its time.
 """
 
+from collections import namedtuple
 from operator import index
 
 import numpy as np
@@ -15,10 +16,12 @@ cimport cython
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport isfinite
+from libc.stdint cimport uint16_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from fastbn import _blocks, _dispatch
 from fastbn._job cimport (
+    APPLY,
     BACKWARD,
     BACKWARD_FIXED,
     BFLOAT16,
@@ -28,9 +31,11 @@ from fastbn._job cimport (
     FORWARD,
     INFERENCE,
     Job,
+    Operation,
     Run,
     Type,
 )
+from fastbn._mask import Valid
 from fastbn._plan import plan
 
 cnp.import_array()
@@ -38,7 +43,8 @@ cnp.import_array()
 cdef enum:
     OTHER = -1           # a type that kernels do not take
     SMALL = 1 << 15      # values: a call below is over before another thread would get the GIL
-    RECYCLED = 32 << 20  # bytes: malloc gives larger blocks back, and a new one faults in each page
+    RECYCLED = 8 << 20   # bytes: malloc may give larger blocks back, and new pages fault
+    LANES = 16           # values in a pack, and signs in a word
 
 cdef Run run
 
@@ -51,13 +57,13 @@ def use_kernels(module):
 
 use_kernels(_dispatch.kernels)
 
-# The rows of a cache's statistics.
+# The rows of a cache's statistics; those before GAMMA have one for each group.
 cdef enum:
     MEAN
     MEAN_LOW
     VAR
     GAMMA
-    ROWS
+    BETA  # only while y is computed
 
 
 @cython.freelist(16)
@@ -69,189 +75,80 @@ cdef class Cache:
     Attributes
     ----------
     mean, var : ndarray of float64, shape (C,)
-        The statistics of each channel; var is biased (divided by M).
+        The statistics of each channel; var is biased (divided by M). Where each group of examples
+        has its own, as in `instance_norm`: shape (groups, C).
+    moments : Moments
+        The statistics of the whole minibatch, all groups together.
     """
 
-    cdef cnp.ndarray statistics  # float64, one row each: mean, its low part, var, gamma
+    cdef cnp.ndarray statistics  # float64: means, their low parts, vars, gamma
     cdef cnp.ndarray x           # in memory as the kernels want it; None once out= overwrote it
     cdef Type type
-    cdef Py_ssize_t outer
+    cdef Py_ssize_t examples
+    cdef Py_ssize_t outer        # of these in a group
     cdef Py_ssize_t channels
     cdef Py_ssize_t inner
+    cdef double count            # values of a channel that the statistics are of
     cdef double eps
+    cdef Py_ssize_t groups
+    cdef bint grouped
     cdef bint fixed              # the statistics were given, so they are constants
+    cdef bint residual           # there was one
+    cdef bint activated
+    cdef double slope            # of the activation below 0
+    cdef cnp.ndarray signs       # a bit for each value: whether it was above 0 there (see Job)
+    cdef Py_ssize_t first_bit
+    cdef object valid            # the positions of x that a mask has left (see _mask)
     cdef cnp.ndarray gamma_like  # has the shape and dtype of the gradient; None: (C,), as x
     cdef cnp.ndarray beta_like
 
     @property
     def mean(self):
-        return self.statistics[MEAN]
+        return self.matrix(MEAN)
 
     @property
     def var(self):
-        return self.statistics[VAR]
+        return self.matrix(VAR)
+
+    @property
+    def moments(self):
+        return pooled(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), self.counts())
 
     cdef inline double* row(self, int which):
-        return <double*>cnp.PyArray_DATA(self.statistics) + which * self.channels
+        return <double*>cnp.PyArray_DATA(self.statistics) + (
+            which * self.groups if which < GAMMA else GAMMA * self.groups + which - GAMMA
+        ) * self.channels
+
+    cdef matrix(self, int which):
+        rows = self.statistics[which * self.groups:(which + 1) * self.groups]
+        return rows if self.grouped else rows[0]
+
+    cdef counts(self):
+        """Return how many values of a channel each group has."""
+        counts = np.full(self.groups, self.count)
+        if self.grouped:
+            counts[:] = self.outer * self.inner
+            counts[self.groups - 1] = (self.examples - (self.groups - 1) * self.outer) * self.inner
+        return counts
 
 
-# -------------------------------------------------------------------------------------- checking
-
-
-cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
-
-
-cdef int type_of(cnp.ndarray array):
-    """Return the Type of the elements, in either byte order, or OTHER."""
-    global bfloat16_number
-    cdef int number = cnp.PyArray_TYPE(array)
-    if number == cnp.NPY_FLOAT32:
-        return FLOAT32
-    if number == cnp.NPY_FLOAT64:
-        return FLOAT64
-    if number == cnp.NPY_FLOAT16:
-        return FLOAT16
-    if number == bfloat16_number or array.dtype.name == "bfloat16":
-        bfloat16_number = number
-        return BFLOAT16
-    return OTHER
-
-
-cdef cnp.ndarray as_floats(object value, str name):
-    """Return value as an ndarray of a type that type_of knows, in any memory and byte order."""
-    cdef cnp.ndarray array
-    if type(value) is np.ndarray:
-        array = value
-    elif isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected an array without a mask, got a masked array")
-    else:
-        try:
-            array = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: expected an array_like of numbers, got {error}") from None
-    if type_of(array) == OTHER:
-        if array.dtype.kind not in "biu":
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}"
-            )
-        array = array.astype(np.float64)
-    return array
-
-
-cdef inline bint is_ready(cnp.ndarray array):
-    """Whether the kernels can read the elements as they are."""
-    return cnp.PyArray_ISALIGNED(array) and cnp.PyArray_ISNOTSWAPPED(array)
-
-
-cdef bint take_x(Cache cache, cnp.ndarray x, object axis) except -1:
-    """Put x, or a copy that the kernels can walk, and its dimensions into the cache."""
-    cdef int channel_axis, i, ndim = cnp.PyArray_NDIM(x)
-    if type(axis) is not int:
-        try:
-            axis = index(axis)
-        except TypeError:
-            raise TypeError(f"axis: expected an integer, got {type(axis).__name__}") from None
-    if is_ready(x) and cnp.PyArray_IS_C_CONTIGUOUS(x) and -ndim <= axis < ndim:
-        channel_axis = axis
-        channel_axis += ndim if channel_axis < 0 else 0
-        cache.outer = cache.inner = 1
-        for i in range(channel_axis):
-            cache.outer *= cnp.PyArray_DIM(x, i)
-        for i in range(channel_axis + 1, ndim):
-            cache.inner *= cnp.PyArray_DIM(x, i)
-        cache.channels = cnp.PyArray_DIM(x, channel_axis)
-        if cache.channels == 1:
-            cache.outer, cache.inner = 1, cache.outer * cache.inner
-    else:
-        dims = plan((<object>x).shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
-        if dims is None or not is_ready(x):
-            x = np.array(x, dtype=x.dtype.newbyteorder("="), order="K", copy=True)
-            dims = plan((<object>x).shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
-        cache.outer, cache.channels, cache.inner = dims
-    cache.x = x
-    cache.type = <Type>type_of(x)
-    return True
-
-
-cdef bint same_memory_order(cnp.ndarray a, cnp.ndarray b):
-    """Whether two arrays of one shape can be walked side by side, element by element."""
-    cdef int i
-    for i in range(cnp.PyArray_NDIM(a)):
-        if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
-            return False
-    return True
-
-
-cdef cnp.ndarray float64s(Py_ssize_t count, double* values):
-    """Wrap values (that must outlive the array) in an ndarray."""
-    cdef cnp.npy_intp size = count
-    return cnp.PyArray_SimpleNewFromData(1, &size, cnp.NPY_FLOAT64, values)
-
-
-cdef cnp.ndarray take_values(
-    object value, str name, Py_ssize_t channels, double* values, Type x_type
-):
-    """Copy a value per channel into values; return what its gradient looks like (see Cache)."""
-    cdef cnp.ndarray array
-    cdef Py_ssize_t c
-    if type(value) is np.ndarray:
-        array = value
-        if cnp.PyArray_ISCARRAY_RO(array) and cnp.PyArray_SIZE(array) == channels:
-            if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
-                for c in range(channels):
-                    values[c] = (<float*>cnp.PyArray_DATA(array))[c]
-                return array
-            if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
-                for c in range(channels):
-                    values[c] = (<double*>cnp.PyArray_DATA(array))[c]
-                return array
-    array = as_floats(value, name)
-    if cnp.PyArray_SIZE(array) != channels:
-        raise ValueError(
-            f"{name}: expected {channels} value(s), one per channel, got shape {np.shape(array)}"
-        )
-    cnp.PyArray_CopyAnyInto(float64s(channels, values), array)
-    if isinstance(value, np.ndarray) and type_of(value) != OTHER:
-        return np.empty(np.shape(array), array.dtype.newbyteorder("="))
-    return np.empty(np.shape(array), np.float64 if x_type == FLOAT64 else np.float32)
-
-
-cdef double checked_eps(object eps) except -1:
-    cdef double value
-    try:
-        value = eps
-    except TypeError:
-        raise TypeError(f"eps: expected a number, got {type(eps).__name__}") from None
-    except OverflowError:
-        raise ValueError("eps: expected a finite number >= 0, got one beyond float64") from None
-    if not (isfinite(value) and value >= 0):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
-    return value
-
-
-cdef bint check_out(object out, cnp.ndarray like, str name) except -1:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out: expected an ndarray or None, got {type(out).__name__}")
-    if (
-        np.shape(out) != np.shape(like)
-        or cnp.PyArray_TYPE(out) != cnp.PyArray_TYPE(like)
-    ):
-        raise ValueError(
-            f"out: expected shape {np.shape(like)} and dtype {like.dtype}, as {name} has, "
-            f"got shape {out.shape} and dtype {out.dtype}"
-        )
-    if not cnp.PyArray_ISWRITEABLE(out):
-        raise ValueError("out: expected a writeable array, got a read-only one")
-    return True
+include "_arguments.pxi"
 
 
 # ------------------------------------------------------------------------------------ allocating
 
 
-cdef cnp.ndarray fresh_like(cnp.ndarray memory):
-    """Return an uninitialised array, laid out in memory as another."""
+cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
+    """Return an uninitialised array, laid out in memory as another.
+
+    Packs of it are aligned where those of `beside` are, so that both can be written past the cache.
+    """
     if cnp.PyArray_NBYTES(memory) > RECYCLED:
-        return _blocks.empty_like(memory)
+        if beside is None:
+            return _blocks.empty_like(memory)
+        return _blocks.empty_like(
+            memory, <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>_blocks.ALIGNMENT
+        )
     if cnp.PyArray_IS_C_CONTIGUOUS(memory):
         return cnp.PyArray_EMPTY(
             cnp.PyArray_NDIM(memory), cnp.PyArray_DIMS(memory), cnp.PyArray_TYPE(memory), 0
@@ -313,10 +210,12 @@ cdef object deliver(cnp.ndarray result, object out):
 
 
 cdef cnp.ndarray gradient(double* values, cnp.ndarray like, Cache cache):
-    """Return the gradient of a parameter in the parameter's shape and dtype."""
+    """Return the gradient of a parameter, summed over the groups, in its shape and dtype."""
     cdef cnp.npy_intp size = cache.channels
     cdef cnp.ndarray array
     cdef Py_ssize_t c
+    for c in range(size, cache.groups * size):
+        values[c % size] += values[c]
     if like is None or cnp.PyArray_SIZE(like) != size:  # None, or resized since
         array = cnp.PyArray_EMPTY(
             1, &size, cnp.NPY_FLOAT64 if cache.type == FLOAT64 else cnp.NPY_FLOAT32, 0
@@ -336,17 +235,28 @@ cdef cnp.ndarray gradient(double* values, cnp.ndarray like, Cache cache):
 # ----------------------------------------------------------------------------------------- calls
 
 
-cdef bint call_kernel(Cache cache, cnp.ndarray x, Job* job, cnp.ndarray result) except -1:
-    """Fill in what every operation needs, and run it."""
+cdef bint call_kernel(
+    Cache cache, Operation operation, Job* job, cnp.ndarray x, cnp.ndarray result
+) except -1:
+    """Fill in what every operation needs, and run it; without a result nothing is written."""
     cdef int failed
+    job.operation = operation
     job.type = cache.type
-    job.outer, job.channels, job.inner = cache.outer, cache.channels, cache.inner
+    job.itemsize = cnp.PyArray_ITEMSIZE(x)
+    job.examples, job.outer = cache.examples, cache.outer
+    job.channels, job.inner = cache.channels, cache.inner
+    job.count = cache.count
     job.x = cnp.PyArray_DATA(x)
-    job.out = cnp.PyArray_DATA(result)
+    job.out = NULL if result is None else cnp.PyArray_DATA(result)
+    job.activated, job.slope = cache.activated, cache.slope
+    job.signs = NULL
+    if cache.signs is not None:
+        job.signs = <uint16_t*>cnp.PyArray_DATA(cache.signs)
+    job.first_bit = cache.first_bit
     job.gamma = cache.row(GAMMA)
     job.eps = cache.eps
     job.mean, job.mean_low, job.var = cache.row(MEAN), cache.row(MEAN_LOW), cache.row(VAR)
-    if cnp.PyArray_SIZE(result) < SMALL:
+    if cnp.PyArray_SIZE(x) < SMALL:
         failed = run(job)
     else:
         with nogil:
@@ -356,37 +266,56 @@ cdef bint call_kernel(Cache cache, cnp.ndarray x, Job* job, cnp.ndarray result) 
     return True
 
 
-cdef tuple normalize(
-    object x, object mean, object var, object gamma, object beta, object axis, object eps,
-    object out, bint fixed,
+cdef bint take_signs(Cache cache, cnp.ndarray result) except -1:
+    """Make room for a bit for each value; those of a full, aligned pack of result share a word."""
+    cdef cnp.npy_intp words
+    cdef size_t line = LANES * cnp.PyArray_ITEMSIZE(result)
+    cache.first_bit = (<uintptr_t>cnp.PyArray_DATA(result)) % line // cnp.PyArray_ITEMSIZE(result)
+    words = (cache.first_bit + cnp.PyArray_SIZE(result)) // LANES + 2
+    cache.signs = cnp.PyArray_ZEROS(1, &words, cnp.NPY_UINT16, 0)
+    return True
+
+
+cdef tuple forward(
+    object x, object mean, object mean_low, object var, object gamma, object beta, object axis,
+    object eps, object activation, object residual, object group_size, object out,
+    Operation operation, bint keep,
 ):
-    """Do what batch_norm does, or where mean and var are given (fixed) batch_norm_inference."""
-    cdef cnp.ndarray given = as_floats(x, "x"), result
+    """Normalise x: FORWARD by its own statistics, INFERENCE by given ones.
+
+    keep tells whether the cache that is returned beside y will be used to go back.
+    """
+    cdef cnp.ndarray given = as_floats(x, "x"), addend = None, result
     cdef Cache cache = Cache.__new__(Cache)
     cdef cnp.npy_intp shape[2]
     cdef Py_ssize_t c
     cdef double* shift
     cdef Job job
     cache.eps = checked_eps(eps)
-    take_x(cache, given, axis)
-    if not fixed and cache.outer * cache.inner == 0:
+    if group_size is None:
+        take_x(cache, given, axis)
+    else:
+        take_groups(cache, given, axis, group_size)
+    cache.count = <double>cache.outer * cache.inner
+    if operation == FORWARD and cache.count == 0:
         raise ValueError(
             f"x: expected at least one value per channel, got shape {np.shape(given)}, axis {axis}"
         )
-    shape[0], shape[1] = ROWS + 1, cache.channels  # beta needs a row only here
+    take_activation(cache, activation)
+    shape[0], shape[1] = GAMMA * cache.groups + BETA - GAMMA + 1, cache.channels
     cache.statistics = cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
-    if fixed:
+    if operation == INFERENCE:
+        cache.fixed = True
         for name, value, which in (("mean", mean, MEAN), ("var", var, VAR)):
             if value is None:
                 raise TypeError(
                     f"{name}: expected {cache.channels} value(s), one per channel, got None"
                 )
             take_values(value, name, cache.channels, cache.row(which), cache.type)
+        cache.matrix(MEAN_LOW)[...] = 0 if mean_low is None else mean_low
         for c in range(cache.channels):
-            cache.row(MEAN_LOW)[c] = 0
             if cache.row(VAR)[c] < 0:
                 raise ValueError(f"var: expected values >= 0, got {cache.var.min()}")
-    cache.fixed = fixed
     if gamma is None:
         for c in range(cache.channels):
             cache.row(GAMMA)[c] = 1
@@ -394,32 +323,65 @@ cdef tuple normalize(
         cache.gamma_like = take_values(
             gamma, "gamma", cache.channels, cache.row(GAMMA), cache.type
         )
-    shift = cache.row(ROWS)
+    shift = cache.row(BETA)
     if beta is None:
         for c in range(cache.channels):
             shift[c] = 0
     else:
         cache.beta_like = take_values(beta, "beta", cache.channels, shift, cache.type)
+    if residual is not None:
+        cache.residual = True
+        addend = like_x(residual, "residual", cache.x)
     if out is not None:
         check_out(out, given, "x")
-    result = target(out, cache.x, None)
+    result = target(out, cache.x, addend)
+    if cache.activated and keep:
+        take_signs(cache, result)
     if cnp.PyArray_SIZE(result):
-        job.operation = INFERENCE if fixed else FORWARD
-        job.dy = NULL
+        job.dy = job.dresidual = NULL
+        job.residual = NULL if addend is None else cnp.PyArray_DATA(addend)
         job.beta = shift
-        call_kernel(cache, cache.x, &job, result)
+        call_kernel(cache, operation, &job, cache.x, result)
     if out is not None and may_share(out, cache.x):
         cache.x = None
     return deliver(result, out), cache
 
 
-def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
+cdef tuple masked_forward(
+    object x, object mean, object var, object gamma, object beta, object axis, object eps,
+    object activation, object residual, object mask, object out, Operation operation,
+):
+    """Do as forward with the positions that the mask leaves, and put zeros at the others."""
+    cdef cnp.ndarray given = as_floats(x, "x")
+    cdef Cache cache
+    axis = checked_axis(axis, given)
+    valid = Valid(mask, given, axis)
+    if operation == FORWARD and not valid.count:
+        raise ValueError(f"mask: expected valid positions, got none in shape {valid.mask.shape}")
+    if residual is not None:
+        residual = valid.take(check_like(residual, "residual", given))
+    if out is not None:
+        check_out(out, given, "x")
+    y, cache = forward(
+        valid.take(given), mean, None, var, gamma, beta, valid.axis, eps, activation, residual,
+        None, None, operation, True,
+    )
+    cache.valid = valid
+    return valid.put(y, out), cache
+
+
+def batch_norm(
+    x, gamma=None, beta=None, *, axis=1, eps=1e-5, activation=None, residual=None, mask=None,
+    virtual_batch_size=None, out=None,
+):
     """Normalise a minibatch by its own mean and variance, channel by channel.
 
     For each channel c, over the M values that it has in x::
 
         mean_c = (1/M) sum x          var_c = (1/M) sum (x - mean_c)^2
         y = gamma_c * (x - mean_c) / sqrt(var_c + eps) + beta_c
+
+    and, where asked for, ``y = act(y + residual)``, in the same pass over memory.
 
     Parameters
     ----------
@@ -432,6 +394,17 @@ def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
         The channel axis: 1 for NCHW and NC, -1 for NHWC, 0 for the course's (n_h, m).
     eps : float
         Added to the variance; at least 0.
+    activation : None, "relu" or "leaky_relu"
+        act: max(a, 0), or a where a > 0 and 0.01 a elsewhere. A NaN stays.
+    residual : array_like, optional
+        Of x's shape and dtype: what is added before the activation.
+    mask : array_like of bool, optional
+        Of x's shape without `axis`: which positions count (of padded sequences, say). The others
+        are not part of the statistics, and y and dx are 0 there.
+    virtual_batch_size : int, optional
+        Normalise so many examples at a time, each group by statistics of its own (ghost batch
+        norm [2]_); the last group may be smaller. Examples are on axis 0, or on the last one where
+        `axis` is 0.
     out : ndarray, optional
         Where y goes: of x's shape and dtype. It may be x itself (or overlap it); x is then lost,
         and `batch_norm_backward` refuses the cache.
@@ -441,25 +414,30 @@ def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
     y : ndarray
         Of x's shape and dtype (in native byte order), laid out in memory as x is.
     cache : Cache
-        For `batch_norm_backward`. It has `mean` and `var`: float64, shape (C,), var biased.
+        For `batch_norm_backward`. It has `mean` and `var`: float64, shape (C,), var biased. With
+        an activation it holds a bit for each value of y, and never y or the residual.
 
     Raises
     ------
     TypeError
         If an argument is not of a supported type or dtype.
     ValueError
-        If a shape, `axis` or `eps` does not fit, or x has no values (M = 0).
+        If a shape, `axis`, `eps`, `activation`, `mask` or `virtual_batch_size` does not fit, or x
+        has no values (M = 0).
 
     Notes
     -----
-    In float32 errors are at most 2 eps of the largest value of the result. The bits are the same
-    on every CPU. With M = 1, y is beta. A NaN or an infinity makes its own channel NaN, and no
+    In float32 errors are at most 2 eps of the largest value of the result (of what is added up
+    for it, where there is a residual). The bits are the same on every CPU. With M = 1, y is beta. A NaN or an infinity makes its own channel NaN, and no
     other; mean or var is then not finite.
 
     References
     ----------
     .. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
        Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167
+    .. [2] E. Hoffer, I. Hubara, D. Soudry, "Train longer, generalize better: closing the
+       generalization gap in large batch training of neural networks", NIPS 2017,
+       https://arxiv.org/abs/1705.08741
 
     Examples
     --------
@@ -471,18 +449,94 @@ def batch_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
     >>> cache.mean, cache.var
     (array([ 2., 20.]), array([  1., 100.]))
     """
-    return normalize(x, None, None, gamma, beta, axis, eps, out, False)
+    if mask is None:
+        return forward(
+            x, None, None, None, gamma, beta, axis, eps, activation, residual, virtual_batch_size,
+            out, FORWARD, True,
+        )
+    if virtual_batch_size is not None:
+        raise ValueError(
+            f"virtual_batch_size: expected None where there is a mask, got {virtual_batch_size}"
+        )
+    return masked_forward(
+        x, None, None, gamma, beta, axis, eps, activation, residual, mask, out, FORWARD
+    )
 
 
-def inference_with_cache(x, mean, var, gamma, beta, axis, eps):
+def instance_norm(
+    x, gamma=None, beta=None, *, axis=1, eps=1e-5, activation=None, residual=None, out=None
+):
+    """Normalise each channel of each example by its own mean and variance.
+
+    For each example n and channel c, over the positions that it has::
+
+        y = gamma_c * (x - mean_nc) / sqrt(var_nc + eps) + beta_c
+
+    and, where asked for, ``y = act(y + residual)``: `batch_norm` in groups of one example.
+
+    Parameters
+    ----------
+    x : array_like of float16, bfloat16, float32 or float64, 2 or more dimensions
+        Examples on axis 0 (or on the last one where `axis` is 0); otherwise as in `batch_norm`.
+    gamma, beta, axis, eps, activation, residual, out
+        As in `batch_norm`.
+
+    Returns
+    -------
+    y : ndarray
+        Of x's shape and dtype.
+    cache : Cache
+        For `instance_norm_backward`. It has `mean` and `var`: float64, shape (N, C), var biased.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    Notes
+    -----
+    With one position, y is beta.
+
+    References
+    ----------
+    .. [1] D. Ulyanov, A. Vedaldi, V. Lempitsky, "Instance Normalization: The Missing Ingredient
+       for Fast Stylization", 2016, https://arxiv.org/abs/1607.08022
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> y, cache = fastbn.instance_norm(np.array([[[1.0, 3.0]], [[10.0, 30.0]]]), eps=0)
+    >>> y
+    array([[[-1.,  1.]],
+    <BLANKLINE>
+           [[-1.,  1.]]])
+    """
+    return forward(
+        x, None, None, None, gamma, beta, axis, eps, activation, residual, 1, out, FORWARD, True
+    )
+
+
+def inference_with_cache(
+    x, mean, var, gamma, beta, axis, eps, activation=None, residual=None, mask=None
+):
     """As `batch_norm_inference`; returns also the Cache for gradients at constant statistics."""
-    return normalize(x, mean, var, gamma, beta, axis, eps, None, True)
+    if mask is not None:
+        return masked_forward(
+            x, mean, var, gamma, beta, axis, eps, activation, residual, mask, None, INFERENCE
+        )
+    return forward(
+        x, mean, None, var, gamma, beta, axis, eps, activation, residual, None, None, INFERENCE,
+        True,
+    )
 
 
-def batch_norm_inference(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
+def batch_norm_inference(
+    x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5, activation=None, residual=None,
+    out=None,
+):
     """Normalise by given statistics, such as running averages: a scale and shift per channel.
 
-    ``y = gamma_c * (x - mean_c) / sqrt(var_c + eps) + beta_c``
+    ``y = act(gamma_c * (x - mean_c) / sqrt(var_c + eps) + beta_c + residual)``
 
     Parameters
     ----------
@@ -496,6 +550,8 @@ def batch_norm_inference(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-
         The channel axis.
     eps : float
         Added to the variance; at least 0.
+    activation, residual
+        As in `batch_norm`.
     out : ndarray, optional
         Where y goes: of x's shape and dtype. It may be x itself, or overlap it.
 
@@ -517,7 +573,10 @@ def batch_norm_inference(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-
     >>> fastbn.batch_norm_inference(np.array([[1.0, 10.0]]), [0, 5], [1, 25], eps=0)
     array([[1., 1.]])
     """
-    return normalize(x, mean, var, gamma, beta, axis, eps, out, True)[0]
+    return forward(
+        x, mean, None, var, gamma, beta, axis, eps, activation, residual, None, out, INFERENCE,
+        False,
+    )[0]
 
 
 def batch_norm_backward(dy, cache, *, out=None):
@@ -527,6 +586,9 @@ def batch_norm_backward(dy, cache, *, out=None):
 
         dbeta_c = sum dy              dgamma_c = sum dy * z_hat
         dx = gamma_c * rstd_c * (dy - dbeta_c / M - z_hat * dgamma_c / M)
+
+    With an activation, dy stands for ``dy * act'`` here: dy where what went into it was above 0,
+    elsewhere 0 (relu) or 0.01 dy (leaky_relu).
 
     Parameters
     ----------
@@ -545,13 +607,16 @@ def batch_norm_backward(dy, cache, *, out=None):
     dgamma, dbeta : ndarray
         In the shape and dtype that gamma and beta were given in. Where they were None, shape (C,);
         where they were None or no array of floats, x's dtype, but float32 where that has 16 bits.
+    dresidual : ndarray
+        Only where a residual was given: the gradient with respect to it, ``dy * act'``.
 
     Raises
     ------
     TypeError
         If `cache` is none, or dy is of another dtype than x.
     ValueError
-        If a shape does not fit, or x has been overwritten by ``out=``.
+        If a shape does not fit, x has been overwritten by ``out=``, or the statistics are those of
+        more than x (see `batch_norm_backward_reduce`).
 
     Notes
     -----
@@ -566,55 +631,108 @@ def batch_norm_backward(dy, cache, *, out=None):
     >>> dbeta
     array([3.])
     """
-    cdef Cache c
-    cdef cnp.ndarray given, x, memory, result
-    cdef double* sums
-    cdef Job job
+    return backward(dy, cache, out, None, None, BACKWARD)
+
+
+def instance_norm_backward(dy, cache, *, out=None):
+    """Take the gradient of a loss from y of `instance_norm` back to x, gamma and beta.
+
+    The same as `batch_norm_backward`, each example with its own mean, rstd and M = its positions::
+
+        dbeta_c = sum dy              dgamma_c = sum dy * z_hat     (over all examples)
+        dx = gamma_c * rstd_nc * (dy - mean_nc(dy) - z_hat * mean_nc(dy * z_hat))
+
+    Parameters, results and errors are those of `batch_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> y, cache = fastbn.instance_norm(np.array([[[1.0, 2.0, 4.0]]]))
+    >>> dx, dgamma, dbeta = fastbn.instance_norm_backward(np.ones((1, 1, 3)), cache)
+    >>> dbeta
+    array([3.])
+    """
+    return backward(dy, cache, out, None, None, BACKWARD)
+
+
+cdef Cache checked_cache(object cache):
     if type(cache) is not Cache:
         raise TypeError(
             f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
         )
-    c = cache
-    given = as_floats(dy, "dy")
-    x = c.x  # ours: another call on this cache may take it away
-    if x is None:
+    if (<Cache>cache).x is None:
         raise ValueError(
             "cache: x is needed for the gradients, but out= has overwritten it; "
             "give another array as out"
         )
-    if not isinstance(dy, np.ndarray):
-        given = given.astype(x.dtype)
-    if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x):
-        raise TypeError(f"dy: expected dtype {x.dtype}, as x has, got {given.dtype}")
-    if not cnp.PyArray_SAMESHAPE(given, x):
-        raise ValueError(f"dy: expected shape {np.shape(x)}, as x has, got {np.shape(given)}")
+    return cache
+
+
+cdef cnp.ndarray whole(Cache cache):
+    """Return an array of the shape and dtype that x was given in (its values mean nothing)."""
+    if cache.valid is None:
+        return cache.x
+    return np.broadcast_to(np.empty((), cache.x.dtype), cache.valid.shape)
+
+
+cdef object backward(
+    object dy, object cache, object out, object dgamma, object dbeta, Operation operation
+):
+    """Go back: BACKWARD returns all gradients, APPLY dx by given sums (and dresidual)."""
+    cdef Cache c = checked_cache(cache)
+    cdef cnp.ndarray x = c.x, memory, result, dresidual = None  # c.x: another call may take it away
+    cdef double* sums
+    cdef Job job
+    if operation == BACKWARD and c.count != c.outer * c.inner:
+        raise ValueError(
+            f"cache: expected statistics of the {c.outer * c.inner} values per channel of x alone, "
+            f"got those of {c.count:.0f}; use batch_norm_backward_reduce and _apply"
+        )
     if out is not None:
-        check_out(out, x, "x")
-    memory = given
-    if not is_ready(given) or not same_memory_order(given, x):
-        memory = np.empty_like(x)
-        np.copyto(memory, given)
-    result = target(out, x, memory)
-    sums = <double*>malloc((2 * c.channels + 1) * sizeof(double))
+        check_out(out, whole(c), "x")
+    if c.valid is None:
+        memory = like_x(dy, "dy", x)
+        result = target(out, x, memory)
+    else:
+        memory = like_x(c.valid.take(check_like(dy, "dy", whole(c))), "dy", x)
+        result = fresh_like(x)
+    checked_cache(c)  # once more: to make an array of dy may have run anything
+    if c.residual:
+        dresidual = fresh_like(x, beside=result)
+    sums = <double*>malloc((2 * c.groups * c.channels + 1) * sizeof(double))
     if sums == NULL:
         raise MemoryError(f"fastbn: no memory for the gradients of {c.channels} channels")
     try:
-        job.operation = BACKWARD_FIXED if c.fixed else BACKWARD
-        job.dy = cnp.PyArray_DATA(memory)
-        job.beta = NULL
-        job.dgamma, job.dbeta = sums, sums + c.channels
+        job.dgamma, job.dbeta = sums, sums + c.groups * c.channels
+        if operation == APPLY:
+            take_values(dgamma, "dgamma", c.channels, job.dgamma, FLOAT64)
+            take_values(dbeta, "dbeta", c.channels, job.dbeta, FLOAT64)
         if cnp.PyArray_SIZE(memory):
-            call_kernel(c, x, &job, result)
+            job.dy = cnp.PyArray_DATA(memory)
+            job.dresidual = NULL if dresidual is None else cnp.PyArray_DATA(dresidual)
+            job.beta, job.residual = <double*>NULL, NULL
+            call_kernel(
+                c, BACKWARD_FIXED if c.fixed and operation == BACKWARD else operation,
+                &job, x, result,
+            )
         else:
             for i in range(2 * c.channels):
                 sums[i] = 0
-        dgamma = gradient(job.dgamma, c.gamma_like, c)
-        dbeta = gradient(job.dbeta, c.beta_like, c)
+        if operation == BACKWARD:
+            dgamma = gradient(job.dgamma, c.gamma_like, c)
+            dbeta = gradient(job.dbeta, c.beta_like, c)
     finally:
         free(sums)
     if out is not None and may_share(out, x):
         c.x = None
-    return deliver(result, out), dgamma, dbeta
+    if c.valid is not None:
+        dx = c.valid.put(result, out)
+        dresidual = None if dresidual is None else c.valid.put(dresidual)
+    else:
+        dx = deliver(result, out)
+    if operation == APPLY:
+        return dx if dresidual is None else (dx, dresidual)
+    return (dx, dgamma, dbeta) if dresidual is None else (dx, dgamma, dbeta, dresidual)
 
 
 cdef double* running(cnp.ndarray array, Py_ssize_t channels) except NULL:
@@ -635,10 +753,20 @@ def update_running(
 ):
     """Move running statistics, in place, towards those of a minibatch, var unbiased."""
     cdef Py_ssize_t c
-    cdef double count = <double>cache.outer * cache.inner
+    cdef double count = cache.count
     cdef double* running_mean = running(mean, cache.channels)
     cdef double* running_var = running(var, cache.channels)
-    cdef double unbiased = count / (count - 1)
+    cdef double* batch_mean = cache.row(MEAN)
+    cdef double* batch_var = cache.row(VAR)
+    cdef double unbiased
+    if cache.groups > 1:
+        moments = cache.moments
+        count = moments.count
+        batch_mean, batch_var = running(moments.mean, cache.channels), running(moments.var, cache.channels)
+    unbiased = count / (count - 1)
     for c in range(cache.channels):
-        running_mean[c] = (1 - weight) * running_mean[c] + weight * cache.row(MEAN)[c]
-        running_var[c] = (1 - weight) * running_var[c] + weight * (cache.row(VAR)[c] * unbiased)
+        running_mean[c] = (1 - weight) * running_mean[c] + weight * batch_mean[c]
+        running_var[c] = (1 - weight) * running_var[c] + weight * (batch_var[c] * unbiased)
+
+
+include "_parts.pxi"

@@ -1,29 +1,31 @@
-"""The batch normalisation layer: parameters, running statistics and hooks around the functions."""
+"""The normalisation layers, as PyTorch has them, around the functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
-from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import functional
-from fastbn._hooks import Handle, HookList
+from fastbn._norm import Array, Norm, as_integer, as_number, as_values
+from fastbn.functional import merge_moments
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from fastbn.functional import Activation, Cache
 
 
-class BatchNorm:
+class BatchNorm(Norm):
     """Batch normalisation with trainable scale and shift, and running statistics for inference.
 
     In training each channel is normalised by the minibatch, over the M values it has there::
 
         y = gamma * (x - mean) / sqrt(var + eps) + beta
 
-    and the running statistics move towards the minibatch's, var made unbiased first::
+    (then, where asked for, ``y = act(y + residual)`` in the same pass over memory), and the running
+    statistics move towards the minibatch's, var made unbiased first::
 
         running = (1 - momentum) * running + momentum * new
 
@@ -47,6 +49,11 @@ class BatchNorm:
         Whether the layer keeps running statistics. Without them evaluation uses the minibatch.
     dtype : dtype
         Of gamma and beta and their gradients: float32 or float64.
+    activation : None, "relu" or "leaky_relu"
+        What follows, as in `batch_norm`; the layer is then normalisation and activation in one.
+    virtual_batch_size : int or None
+        In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
+        The running statistics are those of the whole minibatch all the same, pooled exactly.
 
     Attributes
     ----------
@@ -97,77 +104,43 @@ class BatchNorm:
         affine: bool = True,
         track_running_stats: bool = True,
         dtype: DTypeLike = np.float32,
+        activation: Activation = None,
+        virtual_batch_size: int | None = None,
     ) -> None:
-        self.num_features = _integer("num_features", num_features, least=1)
-        self.axis = _integer("axis", axis)
-        self.eps = _number("eps", eps)
-        if not (isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
-        self.momentum = None if momentum is None else _number("momentum", momentum)
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum}")
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.training = True
-        self.params: dict[str, Array] = {}
-        self.grads: dict[str, Array] = {}
-        if affine:
-            self.params["gamma"] = np.ones(self.num_features, self.dtype)
-            self.params["beta"] = np.zeros(self.num_features, self.dtype)
-            self.grads["gamma"] = np.zeros(self.num_features, self.dtype)
-            self.grads["beta"] = np.zeros(self.num_features, self.dtype)
-        self.running_mean = np.zeros(self.num_features) if track_running_stats else None
-        self.running_var = np.ones(self.num_features) if track_running_stats else None
-        self.num_batches_tracked = 0
-        self._cache: functional.Cache | None = None
-        self._grad_hooks = HookList()
+        super().__init__(
+            num_features,
+            axis=axis,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            dtype=dtype,
+            activation=activation,
+        )
+        if virtual_batch_size is not None:
+            virtual_batch_size = as_integer("virtual_batch_size", virtual_batch_size, least=1)
+        self.virtual_batch_size = virtual_batch_size
 
-    @property
-    def gamma(self) -> Array:
-        """The scale, shape (C,); assigning writes into the same array."""
-        return self._parameter("gamma")
+    def __call__(
+        self, x: ArrayLike, residual: ArrayLike | None = None, mask: ArrayLike | None = None
+    ) -> Array:
+        """Return `forward(x, residual, mask)`."""
+        return self._forward(x, residual, mask)
 
-    @gamma.setter
-    def gamma(self, value: ArrayLike) -> None:
-        self._parameter("gamma")[...] = _values("gamma", value, self.num_features)
-
-    @property
-    def beta(self) -> Array:
-        """The shift, shape (C,); assigning writes into the same array."""
-        return self._parameter("beta")
-
-    @beta.setter
-    def beta(self, value: ArrayLike) -> None:
-        self._parameter("beta")[...] = _values("beta", value, self.num_features)
-
-    def _parameter(self, name: str) -> Array:
-        if not self.affine:
-            raise AttributeError(f"{name}: this layer has none, it was made with affine=False")
-        return self.params[name]
-
-    def train(self, mode: bool = True) -> BatchNorm:
-        """Switch to training (or, with ``mode=False``, to evaluation); return the layer."""
-        self.training = bool(mode)
-        return self
-
-    def eval(self) -> BatchNorm:
-        """Switch to evaluation, which uses the running statistics; return the layer."""
-        return self.train(False)
-
-    def __call__(self, x: ArrayLike) -> Array:
-        """Return `forward(x)`."""
-        return self.forward(x)
-
-    def forward(self, x: ArrayLike) -> Array:
+    def forward(
+        self, x: ArrayLike, residual: ArrayLike | None = None, mask: ArrayLike | None = None
+    ) -> Array:
         """Normalise x, and in training update the running statistics.
 
         Parameters
         ----------
         x : array_like of float16, bfloat16, float32 or float64
             With `num_features` channels on `axis`. It must not change before `backward`.
+        residual : array_like, optional
+            Of x's shape and dtype: what is added before the activation.
+        mask : array_like of bool, optional
+            Of x's shape without `axis`: which positions count. The others are not part of the
+            statistics, and y and dx are 0 there.
 
         Returns
         -------
@@ -177,187 +150,468 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            If x is of another type.
+            If x, residual or mask is of another type.
         ValueError
-            If x has another number of channels, or in training one value per channel or none.
+            If x has another number of channels, or in training one value per channel or none (in
+            a group of `virtual_batch_size` examples, or left by the mask), or if residual or mask
+            is of another shape.
         """
-        if not isinstance(x, np.ndarray):
-            try:
-                x = np.asarray(x)
-            except ValueError as error:
-                raise ValueError(f"x: expected an array_like of numbers, got {error}") from None
-        if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
-            raise ValueError(
-                f"x: expected {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
-            )
-        gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        if not self.training and self.running_mean is not None and self.running_var is not None:
-            y, self._cache = functional.inference_with_cache(
-                x, self.running_mean, self.running_var, gamma, beta, self.axis, self.eps
-            )
-            return y
-        if x.size < 2 * self.num_features:
+        return self._forward(x, residual, mask)
+
+    def _by_minibatch(
+        self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
+    ) -> tuple[Array, Cache]:
+        count, why = x.size // self.num_features, ""
+        if mask is not None:
+            count = min(count, int(np.count_nonzero(mask)))
+            why = f", of which mask leaves {count}"
+        elif self.virtual_batch_size is not None and x.ndim > 1:
+            examples = x.shape[-1 if self.axis in (0, -x.ndim) else 0]
+            last = examples % self.virtual_batch_size or self.virtual_batch_size
+            count = min(last, examples) * (count // max(1, examples))
+            why = f", in groups of {self.virtual_batch_size} examples"
+        if count < 2:
             raise ValueError(
                 "x: expected more than one value per channel to take statistics of, "
-                f"got shape {x.shape}"
+                f"got shape {x.shape}{why}"
             )
-        y, self._cache = functional.batch_norm(x, gamma, beta, axis=self.axis, eps=self.eps)
-        if self.training:
-            self._track(self._cache)
-        return y
+        return functional.batch_norm(
+            x,
+            self.params.get("gamma"),
+            self.params.get("beta"),
+            axis=self.axis,
+            eps=self.eps,
+            activation=self.activation,
+            residual=residual,
+            mask=mask,
+            virtual_batch_size=self.virtual_batch_size,
+        )
 
-    def _track(self, cache: functional.Cache) -> None:
-        if self.running_mean is None or self.running_var is None:
-            return
-        self.num_batches_tracked += 1
-        weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        functional.update_running(cache, self.running_mean, self.running_var, weight)
+    def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
+        functional.update_running(cache, mean, var, weight)
 
-    def backward(self, dy: ArrayLike) -> Array:
-        """Take the gradient of the loss back through the last `forward`.
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, virtual_batch_size={self.virtual_batch_size})"
 
-        Fills `grads`, then runs the hooks of `register_grad_hook`. After a forward pass in
-        evaluation the statistics count as constants.
+    def fold_into(
+        self, weight: ArrayLike, bias: ArrayLike | None = None, *, axis: int = 0
+    ) -> tuple[Array, Array]:
+        """Return the preceding linear map or convolution with this layer folded into it.
+
+        In evaluation the layer is a scale and a shift of each channel, so that one map does for
+        both, with s = gamma / sqrt(running_var + eps) ::
+
+            weight' = weight * s        bias' = (bias - running_mean) * s + beta
+
+        computed in float64 and rounded once. What may come after the scale and the shift, an
+        activation of this layer or a residual, is not part of it. Nothing is changed.
 
         Parameters
         ----------
-        dy : array_like
-            Gradient of the loss with respect to y: of its shape and dtype.
+        weight : array_like of float16, float32 or float64
+            The weight of the map whose result the layer normalises. Its axis `axis` has
+            `num_features` entries.
+        bias : array_like, optional
+            The bias of that map, `num_features` values in any shape; None stands for zeros.
+        axis : int
+            The axis of the output channels: 0 for PyTorch's linear layers and convolutions and the
+            course's W in ``W @ A``, 1 for ``x @ W`` and PyTorch's transposed convolutions.
 
         Returns
         -------
-        ndarray
-            dx, the gradient with respect to x.
+        weight, bias : ndarray
+            New arrays of weight's dtype; bias in the shape that it was given in, or (C,).
 
         Raises
         ------
         RuntimeError
-            If there was no forward pass.
+            If the layer has no running statistics.
         TypeError, ValueError
-            If dy is of another dtype or shape than x was.
+            If weight or bias is of another type or size, or weight has no such axis.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm(2, eps=0)
+        >>> bn.running_mean[:], bn.running_var[:] = [1, 2], [4, 16]
+        >>> bn.fold_into(np.array([[2.0, 4.0], [8.0, 4.0]]))
+        (array([[1., 2.],
+               [2., 1.]]), array([-0.5, -0.5]))
         """
-        if self._cache is None:
-            raise RuntimeError("backward: there was no forward pass to go back through")
-        dx, dgamma, dbeta = functional.batch_norm_backward(dy, self._cache)
-        if self.affine:
-            self.grads["gamma"][...] = dgamma
-            self.grads["beta"][...] = dbeta
-        self._grad_hooks.run(self)
-        return dx
+        if self.running_mean is None or self.running_var is None:
+            raise RuntimeError(
+                "fold_into: expected running statistics, "
+                "this layer was made with track_running_stats=False"
+            )
+        w = np.asarray(weight)
+        if w.dtype.kind != "f" or w.dtype.itemsize > 8:
+            raise TypeError(f"weight: expected float16, float32 or float64, got {w.dtype}")
+        axis = as_integer("axis", axis)
+        if not -w.ndim <= axis < w.ndim or w.shape[axis] != self.num_features:
+            raise ValueError(
+                f"weight: expected {self.num_features} output channels on axis {axis}, "
+                f"got shape {w.shape}"
+            )
+        b = np.zeros(self.num_features) if bias is None else np.asarray(bias)
+        if b.size != self.num_features:
+            raise ValueError(f"bias: expected {self.num_features} values, got shape {b.shape}")
+        flat = as_values("bias", b.ravel(), self.num_features)
+        scale = self.params.get("gamma", 1) / np.sqrt(self.running_var + self.eps)
+        shift = (flat - self.running_mean) * scale + self.params.get("beta", 0)
+        columns = [1] * w.ndim
+        columns[axis] = -1
+        folded = w * scale.reshape(columns)
+        return folded.astype(w.dtype), shift.reshape(b.shape).astype(w.dtype)
 
-    def register_grad_hook(self, hook: Callable[[BatchNorm], object]) -> Handle:
-        """Have `hook(layer)` called at the end of each `backward`, after `grads` are filled.
+    @classmethod
+    def from_keras(
+        cls,
+        weights: Sequence[ArrayLike],
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        *,
+        axis: int = -1,
+        center: bool = True,
+        scale: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> Self:
+        """Make the layer that Keras's BatchNormalization with these weights is.
 
-        Returns
-        -------
-        Handle
-            Its `remove()` unregisters the hook.
-        """
-        return self._grad_hooks.register(hook)
-
-    def state_dict(self) -> dict[str, Array]:
-        """Return copies of parameters and running statistics under the keys that PyTorch uses.
-
-        Returns
-        -------
-        dict of str to ndarray
-            weight (gamma) and bias (beta) if affine; running_mean, running_var and
-            num_batches_tracked if there are running statistics.
-        """
-        state = {name: np.array(array) for name, array in self._state().items()}
-        if self.track_running_stats:
-            state["num_batches_tracked"] = np.array(self.num_batches_tracked, dtype=np.int64)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict`, of this library or of PyTorch, returned.
+        In evaluation both give the same. Keras's running variance, of values divided by M, is taken
+        as it is; further training moves it towards the unbiased one (divided by M - 1), which is
+        larger by M / (M - 1).
 
         Parameters
         ----------
-        state : mapping of str to array_like
-            Exactly the entries that this layer's `state_dict` has.
+        weights : sequence of array_like, shape (C,)
+            What ``get_weights()`` returns: gamma if `scale`, beta if `center`, moving_mean,
+            moving_variance.
+        momentum : float
+            As in Keras, the weight of the old value; the layer has 1 - momentum.
+        epsilon : float
+            Added to the variance; the layer's eps.
+        axis : int
+            The channel axis.
+        center, scale : bool
+            Whether there is beta, and gamma. A layer has both or none: one that is missing in
+            Keras is made of zeros or ones here, which further training would change.
+        dtype : dtype
+            Of gamma and beta: float32 or float64.
+
+        Returns
+        -------
+        BatchNorm
+            In training mode, as any new layer.
 
         Raises
         ------
         TypeError, ValueError
-            If an entry is missing, unknown, of the wrong shape or no number; nothing is changed.
+            If an argument is not as described.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> bn = fastbn.BatchNorm.from_keras([[1, 1], [0, 0], [5, 6], [7, 8]], momentum=0.75)
+        >>> bn.momentum, bn.eps, bn.running_mean
+        (0.25, 0.001, array([5., 6.]))
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
-        expected = self.state_dict()
-        if state.keys() != expected.keys():
+        names = ["gamma"] * scale + ["beta"] * center + ["moving_mean", "moving_variance"]
+        if isinstance(weights, Mapping | str) or not hasattr(weights, "__len__"):
+            raise TypeError(f"weights: expected a list of arrays, got {type(weights).__name__}")
+        if len(weights) != len(names):
             raise ValueError(
-                f"state: expected the entries {', '.join(expected)}; "
-                f"missing: {', '.join(sorted(expected.keys() - state.keys())) or 'none'}, "
-                f"unknown: {', '.join(sorted(map(str, state.keys() - expected.keys()))) or 'none'}"
+                f"weights: expected {len(names)} arrays, {', '.join(names)}, got {len(weights)}"
             )
-        targets = self._state()
-        # Copies of the final type: nothing can fail, and nothing alias, once writing begins.
-        checked = {
-            name: np.array(_values(name, state[name], self.num_features), target.dtype)
-            for name, target in targets.items()
-        }
-        if "running_var" in checked and (checked["running_var"] < 0).any():
-            raise ValueError(
-                f"running_var: expected values >= 0, got {checked['running_var'].min()}"
-            )
-        if self.track_running_stats:
-            tracked = np.asarray(state["num_batches_tracked"])
-            fits = tracked.shape == () and tracked.dtype.kind in "iu"
-            if not fits or not 0 <= int(tracked) < 2**63:
-                raise ValueError(
-                    "num_batches_tracked: expected one integer >= 0, "
-                    f"got {state['num_batches_tracked']!r}"
-                )
-            self.num_batches_tracked = int(tracked)
-        for name, values in checked.items():
-            targets[name][...] = values
-
-    def _state(self) -> dict[str, Array]:
-        """Return the live arrays of the state under PyTorch's names."""
         arrays = {
-            "weight": self.params.get("gamma"),
-            "bias": self.params.get("beta"),
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
+            name: (f"weights[{at}] ({name})", each)
+            for at, (name, each) in enumerate(zip(names, weights, strict=True))
         }
-        return {name: array for name, array in arrays.items() if array is not None}
+        return cls._from_biased(
+            arrays.get("gamma"), arrays.get("beta"), *list(arrays.values())[-2:],
+            momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype,
+        )  # fmt: skip
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None, "_grad_hooks": HookList()}
+    @classmethod
+    def from_onnx(
+        cls,
+        scale: ArrayLike,
+        B: ArrayLike,
+        mean: ArrayLike,
+        var: ArrayLike,
+        *,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> Self:
+        """Make the layer that ONNX's BatchNormalization with these inputs and attributes is.
 
-    def __repr__(self) -> str:
-        return (
-            f"BatchNorm({self.num_features}, axis={self.axis}, eps={self.eps}, "
-            f"momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, dtype={self.dtype})"
+        In evaluation both give the same. ONNX's running variance, of values divided by M, is taken
+        as it is, as in `from_keras`.
+
+        Parameters
+        ----------
+        scale, B, mean, var : array_like, shape (C,)
+            The inputs of the operator: gamma, beta, and the running statistics (input_mean and
+            input_var).
+        epsilon : float
+            Added to the variance; the layer's eps.
+        momentum : float
+            As in ONNX, the weight of the old value; the layer has 1 - momentum.
+        axis : int
+            The channel axis, in ONNX always 1.
+        dtype : dtype
+            Of gamma and beta: float32 or float64.
+
+        Returns
+        -------
+        BatchNorm
+            In training mode, as any new layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not as described.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm.from_onnx([2, 2], [1, 1], [5, 6], [4, 4], epsilon=0).eval()
+        >>> bn(np.array([[5.0, 8.0]]))
+        array([[1., 3.]])
+        """
+        return cls._from_biased(
+            ("scale", scale), ("B", B), ("mean", mean), ("var", var),
+            momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def _from_biased(
+        cls,
+        gamma: tuple[str, ArrayLike] | None,
+        beta: tuple[str, ArrayLike] | None,
+        mean: tuple[str, ArrayLike],
+        var: tuple[str, ArrayLike],
+        *,
+        momentum: float,
+        epsilon: float,
+        axis: int,
+        dtype: DTypeLike,
+    ) -> Self:
+        """Make a layer from arrays, each with its name, in Keras's and ONNX's conventions."""
+        old = as_number("momentum", momentum)
+        if not 0 <= old <= 1:
+            raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
+        eps = as_number("epsilon", epsilon)
+        if not (isfinite(eps) and eps >= 0):
+            raise ValueError(f"epsilon: expected a finite number >= 0, got {epsilon}")
+        shape = np.shape(mean[1])
+        if len(shape) != 1 or not shape[0]:
+            raise ValueError(f"{mean[0]}: expected one value per channel, got shape {shape}")
+        given = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+        values = {key: as_values(*each, *shape) for key, each in given.items() if each}
+        if (values["var"] < 0).any():
+            raise ValueError(f"{var[0]}: expected values >= 0, got {values['var'].min()}")
+        affine = bool(gamma or beta)
+        bn = cls(*shape, axis=axis, eps=eps, momentum=1 - old, affine=affine, dtype=dtype)
+        state = bn._state()
+        names = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var"}
+        for key, array in values.items():
+            state[names[key]][...] = array
+        return bn
+
+
+class InstanceNorm(Norm):
+    """Instance normalisation: each channel of each example by its own mean and variance.
+
+    Over the positions (of an image, a sequence) that an example n has in a channel c::
+
+        y = gamma_c * (x - mean_nc) / sqrt(var_nc + eps) + beta_c
+
+    (then, where asked for, ``y = act(y + residual)``), in training and, unless there are running
+    statistics, in evaluation too. The defaults are those of PyTorch: neither parameters nor running
+    statistics. Examples are on axis 0 (on the last one where `axis` is 0).
+
+    Parameters
+    ----------
+    num_features, axis, eps, momentum, dtype, activation
+        As in `BatchNorm`.
+    affine : bool
+        Whether the layer has gamma and beta.
+    track_running_stats : bool
+        Whether the layer keeps running statistics and uses them in evaluation: those of mean and
+        (unbiased) var, averaged over the examples.
+
+    Attributes
+    ----------
+    params, grads, running_mean, running_var, num_batches_tracked, training
+        As in `BatchNorm`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+
+    References
+    ----------
+    .. [1] D. Ulyanov, A. Vedaldi, V. Lempitsky, "Instance Normalization: The Missing Ingredient
+       for Fast Stylization", 2016, https://arxiv.org/abs/1607.08022
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> norm = fastbn.InstanceNorm(1, eps=0)
+    >>> norm(np.array([[[1.0, 3.0]], [[10.0, 30.0]]])).ravel()
+    array([-1.,  1., -1.,  1.])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        dtype: DTypeLike = np.float32,
+        activation: Activation = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            axis=axis,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            dtype=dtype,
+            activation=activation,
         )
 
+    def __call__(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
+        """Return `forward(x, residual)`."""
+        return self._forward(x, residual)
 
-def _integer(name: str, value: int, least: int | None = None) -> int:
+    def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
+        """Normalise x, and in training update the running statistics, if there are any.
+
+        Parameters
+        ----------
+        x : array_like of float16, bfloat16, float32 or float64
+            With `num_features` channels on `axis`. It must not change before `backward`.
+        residual : array_like, optional
+            Of x's shape and dtype: what is added before the activation.
+
+        Returns
+        -------
+        ndarray
+            y, of x's shape and dtype.
+
+        Raises
+        ------
+        TypeError
+            If x or residual is of another type.
+        ValueError
+            If x has another number of channels, or an example one position or none to take
+            statistics of, or if residual is of another shape.
+        """
+        return self._forward(x, residual)
+
+    def _by_minibatch(
+        self,
+        x: Array,
+        residual: ArrayLike | None,
+        mask: ArrayLike | None,  # noqa: ARG002
+    ) -> tuple[Array, Cache]:
+        examples = x.shape[-1 if self.axis in (0, -x.ndim) else 0]
+        if x.ndim < 2 or x.size < 2 * self.num_features * max(1, examples):
+            raise ValueError(
+                "x: expected more than one position per example and channel to take statistics of, "
+                f"got shape {x.shape}"
+            )
+        return functional.instance_norm(
+            x,
+            self.params.get("gamma"),
+            self.params.get("beta"),
+            axis=self.axis,
+            eps=self.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+
+    def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
+        count = cache.moments.count / len(cache.mean)  # of each example and channel
+        unbiased = cache.var.mean(axis=0) * (count / (count - 1))
+        mean[...] = (1 - weight) * mean + weight * cache.mean.mean(axis=0)
+        var[...] = (1 - weight) * var + weight * unbiased
+
+
+def update_statistics(
+    layers: Sequence[Any],
+    batches: Iterable[Any],
+    forward: Callable[[Any], object] | None = None,
+) -> None:
+    """Replace running statistics by the exact ones over a data set ("precise batch norm").
+
+    Each minibatch goes through the network in training mode, normalised by itself; means and
+    variances of what the batch norms saw are pooled exactly (`merge_moments`), instead of fading
+    away as new minibatches come.
+
+    Parameters
+    ----------
+    layers : sequence of layers
+        The network. Those of type `BatchNorm` that keep running statistics are updated.
+    batches : iterable
+        What goes into the network, minibatch by minibatch.
+    forward : callable, optional
+        ``forward(batch)`` runs the network. By default the layers are called one after the other.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If no layer is a `BatchNorm` with running statistics, there are no batches, or the network
+        leaves one of them out. Nothing is changed then, nor if `forward` fails.
+
+    References
+    ----------
+    .. [1] Y. Wu, J. Johnson, "Rethinking 'Batch' in BatchNorm", 2021,
+       https://arxiv.org/abs/2105.07576
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(1)
+    >>> fastbn.update_statistics([bn], [np.array([[1.0], [3.0]]), np.array([[5.0], [7.0]])])
+    >>> bn.running_mean, bn.running_var
+    (array([4.]), array([6.66666667]))
+    """
+    layers = list(layers)
+    norms = [n for n in layers if isinstance(n, BatchNorm) and n.track_running_stats]
+    if not norms:
+        raise ValueError("layers: expected a BatchNorm with running statistics, got none")
+
+    def one_after_the_other(batch: Any) -> None:
+        for layer in layers:
+            batch = layer(batch) if callable(layer) else layer.forward(batch)
+
+    modes = [norm.training for norm in norms]
     try:
-        number = index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, str):
-        raise TypeError(f"{name}: expected a number, got str")
-    try:
-        return float(value)
-    except (TypeError, OverflowError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
-
-
-def _values(name: str, value: ArrayLike, count: int) -> Array:
-    """Return value as an array of `count` floats, checked."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
-    if array.shape != (count,):
-        raise ValueError(f"{name}: expected shape ({count},), got {array.shape}")
-    return array
+        for norm in norms:
+            norm.train()._seen = []
+        for batch in batches:
+            (forward or one_after_the_other)(batch)
+        seen = [norm._seen or [] for norm in norms]
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.train(mode)._seen = None
+    if not all(seen):
+        raise ValueError(
+            "batches: expected one or more that go through every BatchNorm in layers, "
+            f"got {[len(moments) for moments in seen]} for the {len(norms)} of them"
+        )
+    for norm, moments in zip(norms, seen, strict=True):
+        mean, var, count = merge_moments(*moments)
+        state = norm._state()
+        state["running_mean"][...] = mean
+        state["running_var"][...] = var * (count / (count - 1))
+        norm.num_batches_tracked = len(moments)

@@ -9,14 +9,35 @@ words, x is Z, y is Z tilde.
 """
 
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_inference"]
+__all__ = [
+    "Moments",
+    "batch_moments",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_backward_apply",
+    "batch_norm_backward_reduce",
+    "batch_norm_inference",
+    "instance_norm",
+    "instance_norm_backward",
+    "merge_moments",
+    "normalize",
+]
 
-Array = NDArray[Any]
+Array: TypeAlias = NDArray[Any]
+SLOPES = {None: 1.0, "relu": 0.0, "leaky_relu": 0.01}  # of the activations, below 0
+
+
+class Moments(NamedTuple):
+    """Mean and (biased) variance of each channel, shape (C,), over `count` values."""
+
+    mean: Array
+    var: Array
+    count: int  # type: ignore[assignment]  # it hides the method of tuple
 
 
 class Cache(NamedTuple):
@@ -24,11 +45,24 @@ class Cache(NamedTuple):
 
     mean: Array
     var: Array
+    count: int  # type: ignore[assignment]
     x: Array
     gamma: ArrayLike | None
     beta: ArrayLike | None
     axis: int
     eps: float
+    slope: Array  # dy/da of the activation y = act(a)
+    valid: Array  # 1 where the mask has a position count, else 0; broadcasts against x
+    residual: bool
+
+
+class Groups(NamedTuple):
+    """The caches of groups of examples; `mean` and `var` have shape (groups, C)."""
+
+    mean: Array
+    var: Array
+    caches: list[Cache]
+    batch: int  # the axis of the examples
 
 
 def batch_norm(
@@ -38,22 +72,34 @@ def batch_norm(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    virtual_batch_size: int | None = None,
     out: Array | None = None,
-) -> tuple[Array, Cache]:
+) -> tuple[Array, Cache | Groups]:
     """Normalise x by the mean and variance of each channel; see `fastbn.batch_norm`."""
     x = _floats(x)
-    others = _other_axes(x, axis)
-    z = x.astype(np.float64)
+    if virtual_batch_size is not None:
+        return _in_groups(x, gamma, beta, axis, eps, activation, residual, virtual_batch_size, out)
+    valid = np.ones((1,) * x.ndim, bool) if mask is None else np.expand_dims(mask, axis)
+    moments = _moments(x, axis, valid)
+    return _forward(x, moments, gamma, beta, axis, eps, activation, residual, valid, out)
 
-    # mean_c = (1/M) sum x                 var_c = (1/M) sum (x - mean_c)^2
-    mean = z.mean(axis=others, keepdims=True)
-    var = ((z - mean) ** 2).mean(axis=others, keepdims=True)
 
-    y = _normalize(z, mean, var, gamma, beta, axis, eps)
-    # Copies: the optimizer changes gamma in place before the next forward pass.
-    gamma, beta = (None if p is None else copy(p) for p in (gamma, beta))
-    cache = Cache(mean.reshape(-1), var.reshape(-1), x, gamma, beta, axis, eps)
-    return _rounded(y, x.dtype, out), cache
+def instance_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Groups]:
+    """Normalise each example by itself; see `fastbn.instance_norm`."""
+    return _in_groups(_floats(x), gamma, beta, axis, eps, activation, residual, 1, out)
 
 
 def batch_norm_inference(
@@ -65,63 +111,209 @@ def batch_norm_inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise x by a given mean and variance; see `fastbn.batch_norm_inference`."""
-    x = _floats(x)
-    z = x.astype(np.float64)
-    mean = _per_channel(mean, x, axis)
-    var = _per_channel(var, x, axis)
-    return _rounded(_normalize(z, mean, var, gamma, beta, axis, eps), x.dtype, out)
+    moments = Moments(np.ravel(mean), np.ravel(var), 1)
+    return normalize(
+        x, moments, gamma, beta,
+        axis=axis, eps=eps, activation=activation, residual=residual, out=out,
+    )[0]  # fmt: skip
 
 
 def batch_norm_backward(
-    dy: ArrayLike, cache: Cache, *, out: Array | None = None
-) -> tuple[Array, Array, Array]:
+    dy: ArrayLike, cache: Cache | Groups, *, out: Array | None = None
+) -> tuple[Array, ...]:
     """Take the gradient of a loss from y back to x, gamma and beta.
 
     See `fastbn.batch_norm_backward`.
     """
-    x, axis = cache.x, cache.axis
-    others = _other_axes(x, axis)
-    dz = np.asarray(dy).astype(np.float64)
-    mean = _per_channel(cache.mean, x, axis)
-    var = _per_channel(cache.var, x, axis)
-    gamma = 1.0 if cache.gamma is None else _per_channel(cache.gamma, x, axis)
-    count = x.size // x.shape[axis]
-
-    rstd = 1 / np.sqrt(var + cache.eps)
-    z_hat = (x.astype(np.float64) - mean) * rstd
-
-    # dbeta_c = sum dy                     dgamma_c = sum dy * z_hat
-    dbeta = dz.sum(axis=others, keepdims=True)
-    dgamma = (dz * z_hat).sum(axis=others, keepdims=True)
-
-    # dx = gamma_c * rstd_c * (dy - dbeta_c / M - z_hat * dgamma_c / M)
-    dx = gamma * rstd * (dz - dbeta / count - z_hat * dgamma / count)
-
+    if isinstance(cache, Groups):
+        return _backward_in_groups(np.asarray(dy), cache, out)
+    dgamma, dbeta = batch_norm_backward_reduce(dy, cache)
+    dx = batch_norm_backward_apply(dy, cache, dgamma, dbeta, out=out)
+    dx, *dresidual = dx if cache.residual else (dx,)
     return (
-        _rounded(dx, x.dtype, out),
-        _like_parameter(dgamma, cache.gamma, x),
-        _like_parameter(dbeta, cache.beta, x),
+        dx,
+        _like_parameter(dgamma, cache.gamma, cache.x),
+        _like_parameter(dbeta, cache.beta, cache.x),
+        *dresidual,
     )
 
 
-def _normalize(
-    z: Array,
-    mean: Array,
-    var: Array,
+def instance_norm_backward(
+    dy: ArrayLike, cache: Groups, *, out: Array | None = None
+) -> tuple[Array, ...]:
+    """Take the gradients of `instance_norm`; see `fastbn.instance_norm_backward`."""
+    return batch_norm_backward(dy, cache, out=out)
+
+
+def batch_moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+    """Return the statistics of each channel; see `fastbn.batch_moments`."""
+    x = _floats(x)
+    return _moments(x, axis, np.ones((1,) * x.ndim, bool))
+
+
+def merge_moments(*moments: Moments) -> Moments:
+    """Return the statistics of all parts together; see `fastbn.merge_moments`."""
+    # mean = sum n_i mean_i / N           var = sum n_i (var_i + (mean_i - mean)^2) / N
+    count = sum(m.count for m in moments)
+    mean = sum(m.count * m.mean for m in moments) / max(count, 1)
+    var = sum(m.count * (m.var + (m.mean - mean) ** 2) for m in moments) / max(count, 1)
+    return Moments(np.asarray(mean), np.asarray(var), count)
+
+
+def normalize(
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Cache]:
+    """Normalise a part of a minibatch by the moments of all of it; see `fastbn.normalize`."""
+    x = _floats(x)
+    valid = np.ones((1,) * x.ndim, bool)
+    return _forward(x, moments, gamma, beta, axis, eps, activation, residual, valid, out)
+
+
+def batch_norm_backward_reduce(dy: ArrayLike, cache: Cache) -> tuple[Array, Array]:
+    """Take the sums of the gradients; see `fastbn.batch_norm_backward_reduce`."""
+    others = _other_axes(cache.x, cache.axis)
+    da, z_hat, _ = _backward_terms(dy, cache)
+
+    # dbeta_c = sum dy                     dgamma_c = sum dy * z_hat
+    dbeta = da.sum(axis=others)
+    dgamma = (da * z_hat).sum(axis=others)
+    return dgamma, dbeta
+
+
+def batch_norm_backward_apply(
+    dy: ArrayLike,
+    cache: Cache,
+    dgamma: ArrayLike,
+    dbeta: ArrayLike,
+    *,
+    out: Array | None = None,
+) -> Any:
+    """Take the gradient of x by given sums; see `fastbn.batch_norm_backward_apply`."""
+    x, axis, count = cache.x, cache.axis, cache.count
+    gamma = 1.0 if cache.gamma is None else _per_channel(cache.gamma, x, axis)
+    dgamma, dbeta = _per_channel(dgamma, x, axis), _per_channel(dbeta, x, axis)
+    da, z_hat, rstd = _backward_terms(dy, cache)
+
+    # dx = gamma_c * rstd_c * (dy - dbeta_c / M - z_hat * dgamma_c / M)
+    dx = gamma * rstd * (da - dbeta / count - z_hat * dgamma / count) * cache.valid
+
+    dx = _rounded(dx, x.dtype, out)
+    return (dx, _rounded(da, x.dtype, None)) if cache.residual else dx
+
+
+def _backward_terms(dy: ArrayLike, cache: Cache) -> tuple[Array, Array, Array]:
+    """Return da = dy * act'(a), which has the place of dy without an activation; z_hat; rstd."""
+    mean = _per_channel(cache.mean, cache.x, cache.axis)
+    rstd = 1 / np.sqrt(_per_channel(cache.var, cache.x, cache.axis) + cache.eps)
+    z_hat = (cache.x.astype(np.float64) - mean) * rstd
+    da = np.where(cache.slope * cache.valid, np.asarray(dy).astype(np.float64), 0) * cache.slope
+    return da, z_hat, rstd
+
+
+def _moments(x: Array, axis: int, valid: Array) -> Moments:
+    others = _other_axes(x, axis)
+    valid = np.broadcast_to(valid, x.shape)
+    count = int(valid.sum()) // x.shape[axis]
+    z = np.where(valid, x.astype(np.float64), 0)
+
+    # mean_c = (1/M) sum x                 var_c = (1/M) sum (x - mean_c)^2
+    mean = z.sum(axis=others, keepdims=True) / max(count, 1)
+    var = ((z - mean) ** 2).sum(axis=others, where=valid) / max(count, 1)
+    return Moments(mean.reshape(-1), var, count)
+
+
+def _forward(
+    x: Array,
+    moments: Moments,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     axis: int,
     eps: float,
-) -> Array:
+    activation: str | None,
+    residual: ArrayLike | None,
+    valid: Array,
+    out: Array | None,
+) -> tuple[Array, Cache]:
+    mean, var = (_per_channel(m, x, axis) for m in moments[:2])
     # z_hat = (z - mean_c) / sqrt(var_c + eps)
-    z_hat = (z - mean) / np.sqrt(var + eps)
-    # y = gamma_c * z_hat + beta_c
-    scale = 1.0 if gamma is None else _per_channel(gamma, z, axis)
-    shift = 0.0 if beta is None else _per_channel(beta, z, axis)
-    return np.asarray(scale * z_hat + shift)
+    z_hat = (x.astype(np.float64) - mean) / np.sqrt(var + eps)
+    # a = gamma_c * z_hat + beta_c + residual
+    scale = 1.0 if gamma is None else _per_channel(gamma, x, axis)
+    shift = 0.0 if beta is None else _per_channel(beta, x, axis)
+    a = scale * z_hat + shift
+    if residual is not None:
+        a = a + np.asarray(residual).astype(np.float64)
+    # y = a where a > 0, slope * a elsewhere
+    slope = np.where(a <= 0, SLOPES[activation], 1.0)
+    y = np.where(slope * valid, a, 0) * slope
+    # Copies: the optimizer changes gamma in place before the next forward pass.
+    gamma, beta = (None if p is None else copy(p) for p in (gamma, beta))
+    cache = Cache(*moments, x, gamma, beta, axis, eps, slope, valid, residual is not None)
+    return _rounded(y, x.dtype, out), cache
+
+
+def _in_groups(
+    x: Array,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+    residual: ArrayLike | None,
+    size: int,
+    out: Array | None,
+) -> tuple[Array, Groups]:
+    """Normalise some examples at a time, each group by statistics of its own."""
+    _other_axes(x, axis)
+    batch = x.ndim - 1 if axis % x.ndim == 0 else 0
+    cuts = range(size, x.shape[batch], size)
+    parts = np.split(x, cuts, axis=batch)
+    addends = [None] * len(parts) if residual is None else np.split(residual, cuts, axis=batch)
+    results = [
+        batch_norm(part, gamma, beta, axis=axis, eps=eps, activation=activation, residual=addend)
+        for part, addend in zip(parts, addends, strict=True)
+    ]
+    ys, caches = zip(*results, strict=True)
+    mean, var = (np.array([getattr(cache, name) for cache in caches]) for name in ("mean", "var"))
+    y = np.concatenate(ys, axis=batch)
+    return _rounded(y, x.dtype, out), Groups(mean, var, list(caches), batch)
+
+
+def _backward_in_groups(dy: Array, cache: Groups, out: Array | None) -> tuple[Array, ...]:
+    cuts = np.cumsum([each.x.shape[cache.batch] for each in cache.caches])[:-1]
+    parts = zip(np.split(dy, cuts, axis=cache.batch), cache.caches, strict=True)
+    sums, images = [], []
+    for part, each in parts:
+        sums.append(batch_norm_backward_reduce(part, each))
+        images.append(batch_norm_backward_apply(part, each, *sums[-1]))
+    first = cache.caches[0]
+    dgamma, dbeta = np.sum(sums, axis=0)
+    more: list[Array] = []
+    if first.residual:
+        dx, dresidual = (np.concatenate(a, axis=cache.batch) for a in zip(*images, strict=True))
+        more = [dresidual]
+    else:
+        dx = np.concatenate(images, axis=cache.batch)
+    return (
+        _rounded(dx, dx.dtype, out),
+        _like_parameter(dgamma, first.gamma, first.x),
+        _like_parameter(dbeta, first.beta, first.x),
+        *more,
+    )
 
 
 def _floats(x: ArrayLike) -> Array:

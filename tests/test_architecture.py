@@ -11,16 +11,27 @@ import fastbn
 PACKAGE = Path(__file__).parent.parent / "fastbn"
 
 ALLOWED = {
-    "__init__": {"optim", "_blocks", "_controller", "_dispatch", "_pool", "functional", "layer"},
+    "__init__": {
+        "optim",
+        "_blocks",
+        "_controller",
+        "_dispatch",
+        "_pool",
+        "checkpoint",
+        "functional",
+        "layer",
+    },
     "__main__": {"cli"},
-    "layer": {"functional", "_hooks"},
+    "checkpoint": {"_files"},
+    "layer": {"functional", "_norm"},
+    "_norm": {"functional", "_hooks"},
     "optim": {"_hooks", "_updates"},
-    "functional": {"_blocks", "_dispatch", "_job", "_plan"},
+    "functional": {"_blocks", "_dispatch", "_job", "_mask", "_plan"},
     "_dispatch": {"_cpu", "_pool", ""},  # "" is fastbn itself, asked for its version in a function
     "_controller": {""},  # likewise
     "_kernels": {"_cpu", "_job", "_pool"},
     "cli": {"", "demo"},
-    "demo": {"", "demo", "layer", "optim"},
+    "demo": {"", "_files", "demo", "layer", "optim"},
 }
 
 CYTHON = re.compile(

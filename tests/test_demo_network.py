@@ -1,5 +1,7 @@
 """The layers, and networks of them, against finite differences and against torch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from fastbn.demo.layers import (
     im2col,
     softmax_cross_entropy,
 )
-from fastbn.demo.network import ResBlock, Sequential, mlp, resnet
+from fastbn.demo.network import ResBlock, Sequential, fold, mlp, resnet
 
 WIDE = np.float64
 
@@ -44,6 +46,17 @@ def parameters(layer):
     ]
 
 
+class Added(ReLU):
+    """ReLU of x + x / 2."""
+
+    def forward(self, x):
+        return super().forward(x, residual=x / 2)
+
+    def backward(self, dy):
+        dx, dresidual = super().backward(dy)
+        return dx + dresidual / 2
+
+
 LAYERS = {
     "linear": lambda rng: (Linear(3, 4, bias=False, rng=rng, dtype=WIDE), (5, 3)),
     "linear with bias": lambda rng: (Linear(3, 4, bias=True, rng=rng, dtype=WIDE), (5, 3)),
@@ -59,22 +72,44 @@ LAYERS = {
     ),
     "relu": lambda _: (ReLU(), (3, 4)),
     "flatten": lambda _: (Flatten(), (2, 3, 2, 2)),
+    "relu with a residual": lambda _: (Added(), (3, 4)),
     "pool": lambda _: (GlobalAveragePool(), (2, 3, 3, 2)),
     "batch norm": lambda _: (fastbn.BatchNorm(3, dtype=WIDE), (4, 3, 2, 2)),
     "nothing": lambda _: (Sequential(), (2, 3)),
-    "block": lambda rng: (ResBlock(2, 2, norm=True, rng=rng, dtype=WIDE), (3, 2, 4, 4)),
+    "block": lambda rng: (ResBlock(2, 2, norm="batch", rng=rng, dtype=WIDE), (3, 2, 4, 4)),
     "block without norm": lambda rng: (
-        ResBlock(2, 2, norm=False, rng=rng, dtype=WIDE),
+        ResBlock(2, 2, norm="none", rng=rng, dtype=WIDE),
+        (3, 2, 4, 4),
+    ),
+    "block with instance norm": lambda rng: (
+        ResBlock(2, 2, norm="instance", rng=rng, dtype=WIDE),
+        (3, 2, 4, 4),
+    ),
+    "block, zero gamma": lambda rng: (
+        ResBlock(2, 2, norm="batch", zero_gamma=True, rng=rng, dtype=WIDE),
         (3, 2, 4, 4),
     ),
     "block, stride 2": lambda rng: (
-        ResBlock(2, 3, stride=2, norm=True, rng=rng, dtype=WIDE),
+        ResBlock(2, 3, stride=2, norm="batch", rng=rng, dtype=WIDE),
         (3, 2, 5, 4),
     ),
-    "mlp": lambda rng: (mlp([8, 5, 3], norm=True, rng=rng, dtype=WIDE), (4, 2, 2, 2)),
-    "mlp without norm": lambda rng: (mlp([6, 5, 4, 3], norm=False, rng=rng, dtype=WIDE), (4, 6)),
-    "resnet": lambda rng: (resnet([1, 2, 3, 4], norm=True, rng=rng, dtype=WIDE), (3, 1, 4, 4)),
+    "mlp": lambda rng: (mlp([8, 5, 3], norm="batch", rng=rng, dtype=WIDE), (4, 2, 2, 2)),
+    "mlp without norm": lambda rng: (mlp([6, 5, 4, 3], norm="none", rng=rng, dtype=WIDE), (4, 6)),
+    "resnet": lambda rng: (resnet([1, 2, 3, 4], norm="batch", rng=rng, dtype=WIDE), (3, 1, 4, 4)),
+    "resnet with instance norm": lambda rng: (
+        resnet([1, 2, 3, 4], norm="instance", rng=rng, dtype=WIDE),
+        (3, 1, 4, 4),
+    ),
 }
+
+
+NETWORKS = [
+    (mlp, "batch"),
+    (mlp, "none"),
+    (resnet, "batch"),
+    (resnet, "instance"),
+    (resnet, "none"),
+]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -140,8 +175,7 @@ def test_col2im_is_the_transpose_of_im2col(kernel, stride, rng):
     assert (columns * other).sum() == pytest.approx((x * back).sum(), rel=1e-12)
 
 
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("build", [mlp, resnet])
+@pytest.mark.parametrize(("build", "norm"), NETWORKS)
 def test_a_network_is_float32_throughout(build, norm, rng):
     network = build([4 if build is mlp else 1, 3, 2], norm=norm, rng=rng)
     logits = network.forward(rng.standard_normal((5, 1, 2, 2), dtype=np.float32))
@@ -151,25 +185,72 @@ def test_a_network_is_float32_throughout(build, norm, rng):
     assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("build", [mlp, resnet])
-def test_a_layer_in_front_of_batch_norm_has_no_bias(build, rng):
-    leaves = list(build([1, 4, 5, 3], norm=True, rng=rng).leaves().values())
+@pytest.mark.parametrize(("build", "norm"), NETWORKS)
+def test_a_layer_in_front_of_a_norm_has_no_bias(build, norm, rng):
+    leaves = list(build([1, 4, 5, 3], norm=norm, rng=rng).leaves().values())
+    kind = {"batch": fastbn.BatchNorm, "instance": fastbn.InstanceNorm, "none": ()}[norm]
+    norms = 0
     for leaf, following in zip(leaves, [*leaves[1:], None], strict=True):
         if isinstance(leaf, (Linear, Conv2d)):
-            assert ("bias" in leaf.params) != isinstance(following, fastbn.BatchNorm)
-    plain = build([1, 4, 5, 3], norm=False, rng=rng).leaves().values()
-    assert not any(isinstance(leaf, fastbn.BatchNorm) for leaf in plain)
-    assert all("bias" in leaf.params for leaf in plain if leaf.params)
+            assert ("bias" in leaf.params) != isinstance(following, kind)
+            norms += isinstance(following, kind)
+    assert norms == sum(isinstance(leaf, kind) for leaf in leaves)
+    assert (norms > 0) == (norm != "none")
 
 
-def test_with_and_without_batch_norm_weights_start_the_same():
-    networks = [mlp([8, 4, 3], norm=norm, rng=np.random.default_rng(1)) for norm in (True, False)]
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_with_and_without_norm_weights_start_the_same(norm):
+    build = resnet if norm == "instance" else mlp
+    networks = [build([8, 4, 3], norm=n, rng=np.random.default_rng(1)) for n in (norm, "none")]
     with_norm, without = (
         [value for name, value, _ in parameters(network) if name.endswith("weight")]
         for network in networks
     )
     for one, other in zip(with_norm, without, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("build", [mlp, resnet])
+def test_a_norm_that_there_is_not(build, rng):
+    with pytest.raises(ValueError, match="norm: expected batch, instance or none, got True"):
+        build([1, 2, 3], norm=True, rng=rng)
+
+
+def test_a_block_with_gamma_at_zero_is_its_shortcut_at_first(rng):
+    x = np.abs(rng.standard_normal((3, 2, 4, 4)))
+    block = ResBlock(2, 2, norm="batch", zero_gamma=True, rng=rng, dtype=WIDE)
+    np.testing.assert_array_equal(block.forward(x), x)
+    gammas = [p for name, p, _ in parameters(block) if name.endswith("gamma")]
+    assert [bool(gamma.any()) for gamma in gammas] == [True, False]
+    shrinking = ResBlock(2, 3, stride=2, norm="instance", zero_gamma=True, rng=rng, dtype=WIDE)
+    shortcut = shrinking.children["shortcut"].forward(x)
+    np.testing.assert_array_equal(shrinking.forward(x), np.maximum(shortcut, 0))
+
+
+@pytest.mark.parametrize("build", [mlp, resnet])
+def test_a_folded_network_computes_the_same(build, rng):
+    sizes = [9 if build is mlp else 1, 6, 5, 4]
+    network, plain = (build(sizes, norm=n, rng=rng, dtype=WIDE) for n in ("batch", "none"))
+    for leaf in network.leaves().values():
+        for name, value in leaf.params.items():
+            if name in ("gamma", "beta", "bias"):
+                value[:] = rng.standard_normal(value.shape)
+    for _ in range(3):
+        network.forward(rng.standard_normal((8, 1, 3, 3)))
+    before = network.state_dict()
+    fold(network, plain)
+    x = rng.standard_normal((8, 1, 3, 3))
+    network.eval()
+    np.testing.assert_allclose(plain.forward(x), network.forward(x), rtol=1e-11, atol=1e-11)
+    for name, value in network.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_folding_a_network_without_norm_copies_it(rng):
+    one, other = (resnet([1, 2, 3, 4], norm="none", rng=rng) for _ in range(2))
+    fold(one, other)
+    for name, value in one.state_dict().items():
+        np.testing.assert_array_equal(other.state_dict()[name], value)
 
 
 def test_he_initialisation_has_the_variance_two_over_fan_in(rng):
@@ -182,7 +263,7 @@ def test_he_initialisation_has_the_variance_two_over_fan_in(rng):
 
 
 def test_train_and_eval_reach_every_layer(rng):
-    network = resnet([1, 2, 3, 4], norm=True, rng=rng)
+    network = resnet([1, 2, 3, 4], norm="batch", rng=rng)
     network.eval()
     assert not any(leaf.training for leaf in network.leaves().values())
     network.train()
@@ -190,7 +271,7 @@ def test_train_and_eval_reach_every_layer(rng):
 
 
 def test_in_eval_mode_examples_do_not_depend_on_each_other(rng):
-    network = resnet([1, 2, 3, 4], norm=True, rng=rng)
+    network = resnet([1, 2, 3, 4], norm="batch", rng=rng)
     x = rng.standard_normal((6, 1, 4, 4), dtype=np.float32)
     network.forward(x)
     network.eval()
@@ -199,16 +280,26 @@ def test_in_eval_mode_examples_do_not_depend_on_each_other(rng):
 
 def test_state_goes_round(rng):
     x = rng.standard_normal((6, 1, 4, 4), dtype=np.float32)
-    one, other = (resnet([1, 2, 3, 4], norm=True, rng=rng) for _ in range(2))
+    one, other = (resnet([1, 2, 3, 4], norm="batch", rng=rng) for _ in range(2))
     one.forward(x)
     state = one.state_dict()
-    assert {"1.running_mean", "3.main.0.weight", "4.shortcut.1.bias"} <= state.keys()
+    assert {"1.running_mean", "2.main.0.weight", "3.shortcut.1.bias", "3.end.bias"} <= state.keys()
     other.load_state_dict(state)
     one.eval()
     other.eval()
     np.testing.assert_array_equal(one.forward(x), other.forward(x))
     state["0.weight"][:] = 0  # a copy, not the parameter
     assert one.state_dict()["0.weight"].any()
+
+
+def test_a_layer_refuses_a_state_that_does_not_fit(rng):
+    linear = Linear(2, 3, bias=True, rng=rng)
+    before = linear.state_dict()
+    for state in ({**before, "bias": np.zeros(1, np.float32)}, {**before, "more": 1}, {}):
+        with pytest.raises(ValueError, match=r"(bias|more): expected"):
+            linear.load_state_dict(state)
+    for name, value in linear.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
 
 
 @pytest.mark.parametrize(
@@ -221,7 +312,7 @@ def test_state_goes_round(rng):
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message, rng):
-    network = mlp([8, 4, 3], norm=True, rng=rng)
+    network = mlp([8, 4, 3], norm="batch", rng=rng)
     before = network.state_dict()
     state = {name: np.zeros_like(value) for name, value in before.items()}
     change(state)
@@ -240,24 +331,26 @@ def torch_twin(torch, layer, images):
     """Return the torch module of the same computation and the same parameters."""
     nn = torch.nn
     if isinstance(layer, ResBlock):
-        main, shortcut = (
-            torch_twin(torch, layer.children[k], images) for k in ("main", "shortcut")
-        )
+        shortcut, main, end = (torch_twin(torch, x, images) for x in layer.children.values())
 
         class Block(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.main, self.shortcut = main, shortcut
+                self.shortcut, self.main = shortcut, main
+                self.end = end[0] if isinstance(end, nn.Sequential) else nn.Identity()
 
             def forward(self, x):
-                return torch.relu(self.main(x) + self.shortcut(x))
+                return torch.relu(self.end(self.main(x)) + self.shortcut(x))
 
         return Block()
     if isinstance(layer, Sequential):
         return nn.Sequential(*(torch_twin(torch, x, images) for x in layer.children.values()))
-    if isinstance(layer, fastbn.BatchNorm):
+    if isinstance(layer, (fastbn.BatchNorm, fastbn.InstanceNorm)):
         kind = nn.BatchNorm2d if images else nn.BatchNorm1d
-        return kind(len(layer.gamma)).double()
+        if isinstance(layer, fastbn.InstanceNorm):
+            kind = partial(nn.InstanceNorm2d, affine=True)
+        twin = kind(len(layer.gamma)).double()
+        return nn.Sequential(twin, nn.ReLU()) if layer.activation else twin
     if isinstance(layer, (ReLU, Flatten)):
         return {ReLU: nn.ReLU, Flatten: nn.Flatten}[type(layer)]()
     if isinstance(layer, GlobalAveragePool):
@@ -274,8 +367,7 @@ def torch_twin(torch, layer, images):
     return twin
 
 
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("build", [mlp, resnet])
+@pytest.mark.parametrize(("build", "norm"), NETWORKS)
 def test_networks_agree_with_torch(build, norm, rng):
     torch = pytest.importorskip("torch")
     network = build([49 if build is mlp else 1, 6, 5, 4], norm=norm, rng=rng, dtype=WIDE)

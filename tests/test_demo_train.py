@@ -1,19 +1,23 @@
 """The loop, its configuration, checkpoints and curves, on examples that are quickly learnt."""
 
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import write_blobs
 
 from fastbn.demo import DemoError
 from fastbn.demo.curves import draw
 from fastbn.demo.data import load
 from fastbn.demo.files import check_writable, write_atomically
+from fastbn.demo.layers import Conv2d, Linear
 from fastbn.demo.train import (
     CHOICES,
+    COMPARED,
     DivergedError,
     Trainer,
     configure,
@@ -29,13 +33,7 @@ QUICK = {"hidden": (8, 8), "epochs": 4, "batch_size": 16}
 
 @pytest.fixture
 def blobs(tmp_path):
-    """Return the path of 140 small images in three classes, easy to tell apart."""
-    rng = np.random.default_rng(3)
-    y = np.arange(140) % 3
-    x = rng.standard_normal((3, 4, 4))[y] + 0.3 * rng.standard_normal((140, 4, 4))
-    path = tmp_path / "blobs.npz"
-    np.savez(path, x=x, y=y)
-    return str(path)
+    return write_blobs(tmp_path)
 
 
 def trainer_for(blobs, **given):
@@ -56,8 +54,9 @@ def interrupt_after(trainer, minibatches):
 
 
 @pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
-@pytest.mark.parametrize("norm", CHOICES["norm"])
-@pytest.mark.parametrize("model", CHOICES["model"])
+@pytest.mark.parametrize(
+    ("model", "norm"), [(model, norm) for model, norms in COMPARED.items() for norm in norms]
+)
 def test_every_combination_learns(model, norm, optimizer, blobs):
     trainer = trainer_for(blobs, model=model, norm=norm, optimizer=optimizer, epochs=12)
     trainer.run()
@@ -152,7 +151,11 @@ def test_the_optimizer_gets_the_decayed_rate(blobs):
     ("given", "message"),
     [
         ({"model": "cnn"}, "--model: expected mlp or resnet, got 'cnn'"),
-        ({"norm": "layer"}, "--norm: expected batch or none, got 'layer'"),
+        ({"norm": "layer"}, "--norm: expected batch or instance or none, got 'layer'"),
+        ({"norm": "instance"}, "--norm: expected batch or none with --model mlp, where an example"),
+        ({"zero_gamma": True}, "--zero-gamma: expected --model resnet with a norm, got True"),
+        ({"zero_gamma": True, "model": "resnet", "norm": "none"}, "--zero-gamma: expected --model"),
+        ({"zero_gamma": 1, "model": "resnet"}, "--zero-gamma: expected True or False, got 1"),
         ({"optimizer": "lbfgs"}, "--optimizer: expected sgd or .*, got 'lbfgs'"),
         ({"lr_decay": "step"}, "--lr-decay: expected none or .*, got 'step'"),
         ({"lr": 0.0}, "--lr: expected a positive number, got 0.0"),
@@ -186,12 +189,82 @@ def test_data_that_do_not_fit(blobs, tmp_path):
         trainer_for(str(rows), model="resnet")
 
 
+def test_instance_norm_needs_more_than_one_pixel(blobs):
+    given = {"model": "resnet", "norm": "instance", "hidden": (4, 4, 4)}
+    with pytest.raises(DemoError, match=r"--norm instance: .* 3 of --hidden, .* halving \(4, 4\)"):
+        trainer_for(blobs, **given)
+    trainer_for(blobs, **{**given, "norm": "batch"})
+
+
+def test_gamma_starts_at_zero_where_asked(blobs):
+    trainer = trainer_for(blobs, model="resnet", zero_gamma=True)
+    gammas = {n: p.gamma.any() for n, p in trainer.network.leaves().items() if "gamma" in p.params}
+    assert {name for name, some in gammas.items() if not some} == {"2.end", "3.end"}
+    trainer.run()
+    assert trainer.network.children["2"].children["end"].gamma.any()
+
+
+def test_names_tell_norms_apart(blobs):
+    names = [trainer_for(blobs, model="resnet", norm=norm).name for norm in COMPARED["resnet"]]
+    assert names == ["with batch norm", "with instance norm", "without norm"]
+
+
+@pytest.mark.parametrize(
+    ("model", "norm"), [("mlp", "batch"), ("resnet", "batch"), ("mlp", "none")]
+)
+def test_an_exported_network_predicts_the_same(model, norm, blobs, tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    path = tmp_path / "weights.safetensors"
+    trainer = trainer_for(blobs, model=model, norm=norm)
+    trainer.run()
+    before = trainer.network.state_dict()
+    line = trainer.export(path)
+    count, total, largest, difference = re.fullmatch(
+        r"predictions of the folded network: (\d+) of (\d+) the same; its logits, up to (\S+),"
+        r" differ by at most (\S+)",
+        line,
+    ).groups()
+    assert count == total == "28"
+    assert float(difference) < 1e-5 * float(largest)
+    for name, value in trainer.network.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+    # Linear and convolutional layers alone, each with a bias.
+    entries = numpy.load_file(path)
+    assert {name.rpartition(".")[2] for name in entries} == {"weight", "bias"}
+    maps = [leaf for leaf in trainer.network.leaves().values() if type(leaf) in (Linear, Conv2d)]
+    assert len(entries) == 2 * len(maps)
+    if model == "mlp":
+        x, _ = trainer.data.test
+        y = x.reshape(len(x), -1)
+        for at in (1, 3):
+            y = np.maximum(y @ entries[f"{at}.weight"].T + entries[f"{at}.bias"], 0)
+        y = y @ entries["5.weight"].T + entries["5.bias"]
+        np.testing.assert_allclose(y, trainer.network.forward(x), atol=1e-4)
+
+
+def test_an_export_that_fails_leaves_the_old_file(blobs, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    trainer = trainer_for(blobs)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DemoError, match=r"--export .*: cannot be written: \[Errno 28\] No space"):
+        trainer.export(path)
+    assert path.read_bytes() == b"old"
+
+
 RUNS = [
     {"optimizer": "sgd", "lr_decay": "none"},
     {"optimizer": "momentum", "lr_decay": "inverse", "norm": "none"},
     {"optimizer": "rmsprop", "lr_decay": "staircase"},
     {"optimizer": "adam", "lr_decay": "cosine"},
     {"optimizer": "adam", "model": "resnet"},
+    {"norm": "instance", "model": "resnet"},
 ]
 
 
@@ -276,6 +349,11 @@ NOT_OURS = "not a checkpoint of `fastbn train --save`, or damaged"
     [
         ({"drop": ["about"]}, NOT_OURS),
         ({"about": {"format": "another"}}, NOT_OURS),
+        (
+            {"about": {"format": "fastbn demo checkpoint 1"}},
+            "expected a fastbn demo checkpoint 2, got a fastbn demo checkpoint 1, of another",
+        ),
+        ({"about": {"config": {"zero_gamma": 0}}}, NOT_OURS),
         ({"about": {"config": 5}}, NOT_OURS),
         ({"about": {"config": {"more": 5}}}, NOT_OURS),
         ({"about": {"config": {"hidden": 5}}}, NOT_OURS),
@@ -378,10 +456,10 @@ def test_a_device_is_not_replaced():
         check_writable(Path("/dev/null"), option="--save")
 
 
-@pytest.mark.parametrize("norms", [("batch",), ("batch", "none")])
+@pytest.mark.parametrize("norms", [("batch",), ("batch", "instance", "none")])
 def test_curves(norms, blobs, tmp_path):
     image = pytest.importorskip("matplotlib.image")
-    trainers = [trainer_for(blobs, norm=norm) for norm in norms]
+    trainers = [trainer_for(blobs, norm=norm, model="resnet") for norm in norms]
     for trainer in trainers:
         trainer.run()
     trainers[-1].history = trainers[-1].history[:-1]  # as of a network that diverged
@@ -391,6 +469,26 @@ def test_curves(norms, blobs, tmp_path):
     assert pixels.std() > 0.05
     edges = pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]
     assert all((edge == 1).all() for edge in edges)  # nothing is cut off
+
+
+def test_curves_with_marks_and_epochs_undone(blobs, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    trainer = trainer_for(blobs)
+    trainer.run()
+    pictures = []
+    for more in (
+        {},
+        {"marks": [(3, "lr 0.1\nmomentum 0.8", False)]},
+        {"marks": [(3, "lr 0.1\nmomentum 0.8", True)]},
+        {"undone": [(2, trainer.history[::-1])]},
+        {"lr": 0.5},
+    ):
+        draw(tmp_path / "curves.png", [trainer], **more)
+        pictures.append(image.imread(tmp_path / "curves.png"))
+    for pixels in pictures:
+        edges = pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]
+        assert all((edge == 1).all() for edge in edges)  # nothing is cut off
+    assert len({pixels.tobytes() for pixels in pictures}) == len(pictures)
 
 
 def test_curves_without_any_epoch(blobs, tmp_path):

@@ -137,7 +137,9 @@ def test_all_variants_give_the_same_bits(shape, dtype, mean, seed):
             y, cache = fastbn.batch_norm(x, gamma, beta)
             gradients = fastbn.batch_norm_backward(dy, cache)
             inferred = fastbn.batch_norm_inference(x, cache.mean, cache.var, gamma, beta)
-            arrays = [y, cache.mean, cache.var, *gradients, inferred]
+            fused, cache = fastbn.batch_norm(x, gamma, beta, activation="relu", residual=dy)
+            more = [fused, *fastbn.batch_norm_backward(dy, cache)]
+            arrays = [y, cache.mean, cache.var, *gradients, inferred, *more]
             results[isa] = b"".join(array.tobytes() for array in arrays)
     finally:
         functional.use_kernels(_dispatch.kernels)

@@ -10,7 +10,7 @@ import pytest
 from support import assert_close
 
 import fastbn
-from fastbn import BatchNorm, reference
+from fastbn import BatchNorm, InstanceNorm, reference
 
 
 def snapshot(bn):
@@ -312,10 +312,14 @@ def test_a_state_may_come_from_the_layer_itself(rng):
 
 
 def test_repr_tells_how_to_make_the_layer():
-    bn = BatchNorm(3, axis=-1, momentum=None, dtype=np.float64)
+    bn = BatchNorm(3, axis=-1, momentum=None, dtype=np.float64, virtual_batch_size=4)
     assert repr(bn) == (
         "BatchNorm(3, axis=-1, eps=1e-05, momentum=None, affine=True, "
-        "track_running_stats=True, dtype=float64)"
+        "track_running_stats=True, dtype=float64, activation=None, virtual_batch_size=4)"
+    )
+    assert repr(InstanceNorm(3, activation="relu")) == (
+        "InstanceNorm(3, axis=1, eps=1e-05, momentum=0.1, affine=False, "
+        "track_running_stats=False, dtype=float32, activation='relu')"
     )
 
 
@@ -337,3 +341,167 @@ def test_layers_in_different_threads_do_not_disturb_each_other(rng):
         thread.join()
     for bn in layers:
         assert_unchanged(bn, snapshot(alone))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_activation_and_residual_go_through_both_modes(rng, training, activation):
+    bn = BatchNorm(3, activation=activation, dtype=np.float64)
+    bn(rng.standard_normal((16, 3, 4)))
+    bn.gamma[:], bn.beta[:] = rng.standard_normal((2, 3))
+    bn.train(training)
+    x, residual, dy = rng.standard_normal((3, 8, 3, 4))
+    y = bn(x, residual=residual)
+    dx, dresidual = bn.backward(dy)
+    plain = BatchNorm(3, dtype=np.float64)
+    plain.load_state_dict(bn.state_dict())
+    a = plain.train(training)(x) + residual
+    slope = np.where(a > 0, 1, reference.SLOPES[activation])
+    assert_close(y, a * slope)
+    assert_close(dresidual, dy * slope)
+    assert_close(dx, plain.backward(dy * slope))
+    for name in ("gamma", "beta"):
+        assert_close(bn.grads[name], plain.grads[name])
+    assert isinstance(bn.forward(x), np.ndarray)
+    assert bn.backward(dy).shape == x.shape  # without a residual there is no pair
+
+
+def test_a_mask_keeps_padding_out_of_the_running_statistics(rng):
+    x, mask = rng.standard_normal((6, 9, 3)), rng.random((6, 9)) < 0.5
+    bn, rows = BatchNorm(3, axis=-1), BatchNorm(3)
+    y = bn(x, mask=mask)
+    np.testing.assert_array_equal(y[mask], rows(x[mask]))
+    assert not y[~mask].any()
+    assert_unchanged(bn, snapshot(rows))
+    dx = bn.backward(x)
+    np.testing.assert_array_equal(dx[mask], rows.backward(x[mask]))
+    y = bn.eval()(x, mask=mask)
+    np.testing.assert_array_equal(y[mask], rows.eval()(x[mask]))
+    assert not y[~mask].any()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_virtual_batches_pool_the_running_statistics_exactly(rng, size):
+    bn, whole = BatchNorm(3, virtual_batch_size=size), BatchNorm(3)
+    x = 1e3 + rng.standard_normal((8, 3, 5))
+    y = bn(x)
+    whole(x)
+    wanted, _ = reference.batch_norm(x, bn.gamma, bn.beta, virtual_batch_size=size)
+    assert_close(y, wanted, scale=1e3)  # the reference's mean has one rounding
+    np.testing.assert_allclose(bn.running_mean, whole.running_mean, rtol=1e-15)
+    np.testing.assert_allclose(bn.running_var, whole.running_var, rtol=1e-12)
+    assert_close(bn.eval()(x), whole.eval()(x), scale=1e3)
+
+
+def test_instance_norm_keeps_the_averages_of_its_examples(rng):
+    norm = InstanceNorm(3, affine=True, track_running_stats=True, momentum=0.3)
+    x, dy = 2 + rng.standard_normal((2, 5, 3, 6, 6))
+    norm.gamma[:], norm.beta[:] = rng.standard_normal((2, 3))
+    wanted, cache = reference.instance_norm(x, norm.gamma, norm.beta)
+    assert_close(norm(x), wanted)
+    for actual, right in zip(
+        (norm.backward(dy), norm.grads["gamma"], norm.grads["beta"]),
+        reference.instance_norm_backward(dy, cache),
+        strict=True,
+    ):
+        assert_close(actual, right)
+    np.testing.assert_allclose(norm.running_mean, 0.3 * x.mean((0, 2, 3)))
+    variances = x.var((2, 3), ddof=1).mean(0)
+    np.testing.assert_allclose(norm.running_var, 0.7 + 0.3 * variances)
+    assert norm.num_batches_tracked == 1
+    wanted = reference.batch_norm_inference(
+        x, norm.running_mean, norm.running_var, norm.gamma, norm.beta
+    )
+    assert_close(norm.eval()(x), wanted)
+    plain = InstanceNorm(3).eval()
+    assert plain.state_dict() == {} == plain.params
+    assert_close(plain(x), reference.instance_norm(x)[0])
+
+
+def network(rng):
+    """A plain network of two batch norms; the second sees what the first one makes."""
+    weight = rng.standard_normal((3, 3))
+    first, second = BatchNorm(3), BatchNorm(3)
+
+    def linear(x):
+        return np.maximum(x, 0) @ weight
+
+    return first, linear, second
+
+
+def test_exact_statistics_are_those_of_all_batches(rng):
+    first, linear, second = layers = network(rng)
+    first(100 + rng.standard_normal((50, 3)))  # what is there is replaced
+    second.eval()
+    batches = [3 + rng.standard_normal((n, 3)) for n in (2, 30, 5)]
+    seen = [linear(fastbn.batch_norm(batch)[0]) for batch in batches]
+    for forward in (None, lambda batch: second(linear(first(batch)))):
+        fastbn.update_statistics(layers, iter(batches), forward)
+        for bn, inputs in ((first, batches), (second, seen)):
+            everything = np.concatenate(inputs)
+            np.testing.assert_allclose(bn.running_mean, everything.mean(0), rtol=1e-14)
+            np.testing.assert_allclose(bn.running_var, everything.var(0, ddof=1), rtol=1e-13)
+            assert bn.num_batches_tracked == 3
+    assert first.training
+    assert not second.training
+
+
+def test_statistics_that_cannot_be_updated_are_left(rng):
+    first, linear, second = layers = network(rng)
+    first(rng.standard_normal((5, 3)))
+    before = snapshot(first), snapshot(second)
+    batch = rng.standard_normal((4, 3))
+
+    def failing():
+        yield batch
+        raise OSError("no more data")
+
+    cases = [
+        (lambda: fastbn.update_statistics([linear], [batch]), ValueError,
+         "layers: expected a BatchNorm with running statistics, got none"),
+        (lambda: fastbn.update_statistics(layers, []), ValueError,
+         "batches: expected one or more that go through every BatchNorm in layers, "
+         "got [0, 0] for the 2 of them"),
+        (lambda: fastbn.update_statistics(layers, [batch], lambda x: first(x)), ValueError,
+         "got [1, 0] for the 2 of them"),
+        (lambda: fastbn.update_statistics(layers, failing()), OSError, "no more data"),
+        (lambda: fastbn.update_statistics(layers, [batch[:, :2]]), ValueError, "x: expected 3"),
+    ]  # fmt: skip
+    for call, error, message in cases:
+        with pytest.raises(error, match=re.escape(message)):
+            call()
+        assert_unchanged(first, before[0])
+        assert_unchanged(second, before[1])
+        assert first.training
+        assert second.training
+    first(batch)
+    assert first.num_batches_tracked == 2  # and they move again
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: BatchNorm(3, activation="tanh"), ValueError,
+         "activation: expected None, 'relu' or 'leaky_relu', got 'tanh'"),
+        (lambda: BatchNorm(3, virtual_batch_size=0), ValueError,
+         "virtual_batch_size: expected an integer >= 1, got 0"),
+        (lambda: BatchNorm(3, virtual_batch_size=2.5), TypeError,
+         "virtual_batch_size: expected an integer, got float"),
+        (lambda: BatchNorm(3, virtual_batch_size=4)(np.ones((9, 3))), ValueError,
+         "x: expected more than one value per channel to take statistics of, got shape (9, 3), "
+         "in groups of 4 examples"),
+        (lambda: BatchNorm(3)(np.ones((9, 3)), mask=np.arange(9) == 1), ValueError,
+         "x: expected more than one value per channel to take statistics of, got shape (9, 3), "
+         "of which mask leaves 1"),
+        (lambda: BatchNorm(3)(np.ones((9, 3)), residual=np.ones(3)), ValueError,
+         "residual: expected shape (9, 3), as x has, got (3,)"),
+        (lambda: InstanceNorm(3)(np.ones((9, 3))), ValueError,
+         "x: expected more than one position per example and channel to take statistics of, "
+         "got shape (9, 3)"),
+        (lambda: InstanceNorm(3)(np.ones((9, 4, 2))), ValueError,
+         "x: expected 3 channels on axis 1, got shape (9, 4, 2)"),
+    ],
+)  # fmt: skip
+def test_more_that_is_refused(make, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make()

@@ -108,3 +108,61 @@ def test_agrees_with_the_onnx_operator(rng, shape, training):
         biased = 0.9 * var + (bn.running_var - 0.9 * var) * (count - 1) / count
         assert_agrees(bn.running_mean, running[0], np.float32)
         assert_agrees(biased, running[1], np.float32)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("shape", [(16, 5), (4, 3, 9), (6, 7, 5, 5)])
+def test_fused_layers_agree_with_autograd(torch, rng, shape, activation):
+    x, residual, dy = rng.standard_normal((3, *shape))
+    bn = fastbn.BatchNorm(shape[1], activation=activation, dtype=np.float64)
+    bn.gamma[:], bn.beta[:] = rng.standard_normal((2, shape[1]))
+    tx, tr, gamma, beta = (
+        torch.tensor(a, requires_grad=True) for a in (x, residual, bn.gamma, bn.beta)
+    )
+    a = torch.nn.functional.batch_norm(tx, None, None, gamma, beta, training=True) + tr
+    ty = getattr(torch.nn.functional, activation)(a)
+    ty.backward(torch.tensor(dy))
+    np.testing.assert_allclose(bn(x, residual=residual), ty.detach().numpy(), atol=1e-12)
+    dx, dresidual = bn.backward(dy)
+    for actual, wanted in (
+        (dx, tx), (dresidual, tr), (bn.grads["gamma"], gamma), (bn.grads["beta"], beta)
+    ):  # fmt: skip
+        np.testing.assert_allclose(actual, wanted.grad.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3, 9), (6, 7, 5, 5)])
+def test_instance_norm_agrees_with_torch(torch, rng, shape, track, training):
+    x, dy = 3 + rng.standard_normal((2, *shape))
+    kind = torch.nn.InstanceNorm1d if len(shape) == 3 else torch.nn.InstanceNorm2d
+    theirs = kind(shape[1], affine=True, track_running_stats=track, dtype=torch.float64)
+    ours = fastbn.InstanceNorm(shape[1], affine=True, track_running_stats=track, dtype=np.float64)
+    ours.gamma[:], ours.beta[:] = rng.standard_normal((2, shape[1]))
+    with torch.no_grad():
+        theirs.weight.copy_(torch.tensor(ours.gamma))
+        theirs.bias.copy_(torch.tensor(ours.beta))
+    for mode in (True, training):
+        theirs.train(mode)
+        tx = torch.tensor(x, requires_grad=True)
+        theirs.zero_grad()
+        ty = theirs(tx)
+        ty.backward(torch.tensor(dy))
+        np.testing.assert_allclose(ours.train(mode)(x), ty.detach().numpy(), atol=1e-12)
+        np.testing.assert_allclose(ours.backward(dy), tx.grad.numpy(), rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(ours.grads["gamma"], theirs.weight.grad.numpy(), atol=1e-11)
+        if track:
+            np.testing.assert_allclose(ours.running_mean, theirs.running_mean.numpy(), rtol=1e-12)
+            np.testing.assert_allclose(ours.running_var, theirs.running_var.numpy(), rtol=1e-12)
+
+
+def test_masks_agree_with_torch_on_selected_rows(torch, rng):
+    x, dy = rng.standard_normal((2, 6, 20, 5))
+    mask = rng.random((6, 20)) < 0.6
+    y, cache = fastbn.batch_norm(x, axis=-1, mask=mask, activation="relu")
+    dx, *_ = fastbn.batch_norm_backward(dy, cache)
+    rows = torch.tensor(x[mask], requires_grad=True)
+    wanted = torch.relu(torch.nn.functional.batch_norm(rows, None, None, training=True))
+    wanted.backward(torch.tensor(dy[mask]))
+    np.testing.assert_allclose(y[mask], wanted.detach().numpy(), atol=1e-12)
+    np.testing.assert_allclose(dx[mask], rows.grad.numpy(), atol=1e-12)

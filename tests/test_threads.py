@@ -45,6 +45,10 @@ def bits(x, dy, gamma, beta, target="fresh"):
     results += [fastbn.batch_norm_inference(source, *moments, gamma, beta, out=out)]
     _, cache = functional.inference_with_cache(x, *moments, gamma, beta, 1, 1e-5)
     results += fastbn.batch_norm_backward(dy, cache)
+    source, out = out_for(x, target)
+    y, cache = fastbn.batch_norm(x, gamma, beta, activation="leaky_relu", residual=dy)
+    results += [y, *fastbn.batch_norm_backward(dy, cache)]
+    results += [fastbn.batch_norm(source, gamma, beta, activation="relu", out=out)[0]]
     return [array.tobytes() for array in results]
 
 

@@ -5,11 +5,32 @@ from pathlib import Path
 
 from fastbn.demo import require
 from fastbn.demo.files import write_atomically
-from fastbn.demo.train import Trainer
+from fastbn.demo.train import Epoch, Trainer
 
 
-def draw(path: Path, trainers: Sequence[Trainer]) -> None:
-    """Draw the curves of networks of the same kind, with and without batch norm, as a PNG.
+def draw(
+    path: Path,
+    trainers: Sequence[Trainer],
+    *,
+    lr: float | None = None,
+    marks: Sequence[tuple[int, str, bool]] = (),
+    undone: Sequence[tuple[int, Sequence[Epoch]]] = (),
+    option: str = "--plot",
+) -> None:
+    """Draw the curves of networks of the same kind, with different norms or none, as a PNG.
+
+    Parameters
+    ----------
+    path : Path
+    trainers : sequence of Trainer
+    lr : float, optional
+        The learning rate for the title, where it is not that of the first configuration.
+    marks : sequence of (int, str, bool)
+        Texts, before which epoch each stands, and whether it was undone, and is pale.
+    undone : sequence of (int, sequence of Epoch)
+        Epochs of the first network that were rolled back, drawn pale, and the number of the first.
+    option : str
+        The option that named the file, for the error message.
 
     Raises
     ------
@@ -21,20 +42,39 @@ def draw(path: Path, trainers: Sequence[Trainer]) -> None:
     figure = require("matplotlib.figure").Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
     figure.suptitle(
         f"{config.model} {'-'.join(map(str, config.hidden))} on {Path(config.data).name},"
-        f" {config.optimizer}, learning rate {config.lr:g}"
+        f" {config.optimizer}, learning rate {lr or config.lr:g}"
     )
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for trainer, color in zip(trainers, ("C0", "C1"), strict=False):
-            epochs = range(1, len(trainer.history) + 1)
+        for trainer, color in zip(trainers, ("C0", "C1", "C2"), strict=False):
             for part, style in (("training", "--"), ("validation", "-")):
                 key = metric if part == "training" else f"validation_{metric}"
+                if trainer is trainers[0]:
+                    for first, branch in undone:
+                        values = [epoch[key] for epoch in branch]
+                        numbers = range(first, first + len(branch))
+                        axes.plot(numbers, values, style, color=color, alpha=0.3)
+                epochs = range(1, len(trainer.history) + 1)
                 values = [epoch[key] for epoch in trainer.history]
                 label = f"{trainer.name}, {part}"
                 axes.plot(epochs, values, style, color=color, marker=".", label=label)
+        for before, text, pale in marks:
+            alpha = 0.4 if pale else 1
+            axes.axvline(before - 0.5, color="0.5", linestyle=":", alpha=alpha)
+            # Above the axes it hides no curve, and the layout makes room for it.
+            axes.annotate(
+                text,
+                (before - 0.5, 1.02),
+                xycoords=axes.get_xaxis_transform(),
+                rotation=90,
+                ha="right" if pale else "left",
+                va="bottom",
+                fontsize="small",
+                alpha=alpha,
+            )
         axes.set(xlabel="epoch", ylabel=metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
         if metric == "loss":
             axes.set_yscale("log")
-    write_atomically(path, lambda file: figure.savefig(file, format="png"), option="--plot")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"), option=option)

@@ -1,16 +1,16 @@
-"""Reading .npz files that may hold anything, and writing files whole or not at all."""
+"""Files that options of the command line name: .npz files that may hold anything; results."""
 
-import os
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import _files
 from fastbn.demo import DemoError
 
 
@@ -58,13 +58,8 @@ def check_writable(path: Path, *, option: str) -> None:
     DemoError
         If it will not.
     """
-    try:
-        # Only a regular file may be replaced: /dev/null must stay what it is.
-        if path.exists() and not path.is_file():
-            raise DemoError(f"{option} {path}: expected a file, got a folder or a device")
-        tempfile.TemporaryFile(dir=path.resolve().parent).close()
-    except OSError as error:
-        raise DemoError(f"{option} {path}: cannot be written: {one_line(error)}") from error
+    with refusals(path, option):
+        _files.check_writable(path)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, option: str) -> None:
@@ -75,17 +70,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, option
     DemoError
         If the operating system refuses; the old file is untouched then.
     """
-    target = path.resolve()  # through a symbolic link, which stays one
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with refusals(path, option):
+        _files.write_atomically(path, write)
+
+
+@contextmanager
+def refusals(path: Path, option: str) -> Iterator[None]:
+    """Make what the operating system refuses, within, a `DemoError`."""
     try:
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())  # else a power failure could leave the new name empty
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        yield
     except OSError as error:
         raise DemoError(f"{option} {path}: cannot be written: {one_line(error)}") from error

@@ -52,9 +52,23 @@ class Layer(ABC):
         return {name: value.copy() for name, value in self.params.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
+        """Take over what ``state_dict`` returned.
+
+        Raises
+        ------
+        ValueError
+            If an entry is missing or unknown or has another shape or type; nothing changes then.
+        """
+        self._check(state)
         for name, value in self.params.items():
             value[...] = state[name]
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        expected, given = _describe(self.state_dict()), _describe(state)
+        for name in sorted(expected.keys() | given.keys()):
+            if given.get(name) != expected.get(name):
+                wanted, got = expected.get(name, "no such entry"), given.get(name, "nothing")
+                raise ValueError(f"{name}: expected {wanted}, got {got}")
 
 
 class Linear(Layer):
@@ -161,17 +175,22 @@ class Conv2d(Layer):
 
 
 class ReLU(Layer):
-    """y = max(x, 0)."""
+    """y = max(x, 0), or max(x + residual, 0), as `fastbn.BatchNorm` does it after the norm."""
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, residual: Array | None = None) -> Array:
         """Compute y, of x's shape."""
-        self.positive = x > 0
-        y: Array = np.maximum(x, 0)
+        self.added = residual is not None
+        y: Array = np.maximum(x if residual is None else x + residual, 0)
+        self.positive = y > 0
         return y
 
-    def backward(self, dy: Array) -> Array:
-        """Compute dL/dx, which is dy where x was positive and 0 elsewhere."""
-        return dy * self.positive
+    def backward(self, dy: Array) -> Any:
+        """Compute dL/dx, which is dy where y was positive and 0 elsewhere.
+
+        After a forward pass with a residual: the pair of dL/dx and dL/dresidual, which is the same.
+        """
+        dx = dy * self.positive
+        return (dx, dx) if self.added else dx
 
 
 class Flatten(Layer):
@@ -268,3 +287,9 @@ def softmax_cross_entropy(logits: Array, labels: NDArray[np.int64]) -> tuple[flo
     dlogits = exponentials / sums
     dlogits[rows, labels] -= 1
     return loss, dlogits / len(logits)
+
+
+def _describe(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return shape and type of each entry."""
+    arrays = {name: np.asarray(value) for name, value in state.items()}
+    return {name: f"{array.dtype} of shape {array.shape}" for name, array in arrays.items()}

@@ -1,26 +1,29 @@
 """Layers put together: in a row, in residual blocks, as whole networks."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastbn import BatchNorm
+from fastbn import BatchNorm, InstanceNorm
 from fastbn.demo.layers import Array, Conv2d, Flatten, GlobalAveragePool, Layer, Linear, ReLU
+
+Part: TypeAlias = Layer | BatchNorm | InstanceNorm
 
 
 class Container(Layer):
     """A layer made of others, kept by name in ``children``."""
 
-    def __init__(self, **children: Layer | BatchNorm) -> None:
+    def __init__(self, **children: Part) -> None:
         super().__init__()
-        self.children = children
+        self.children: dict[str, Any] = children
 
-    def leaves(self) -> dict[str, Layer | BatchNorm]:
+    def leaves(self) -> dict[str, Part]:
         """Return the innermost layers by dotted name; an optimizer takes their ``values()``."""
-        found: dict[str, Layer | BatchNorm] = {}
+        found: dict[str, Part] = {}
         for name, child in self.children.items():
             if isinstance(child, Container):
                 found |= {f"{name}.{inner}": leaf for inner, leaf in child.leaves().items()}
@@ -50,11 +53,7 @@ class Container(Layer):
         ValueError
             If an entry is missing or unknown or has another shape or type; nothing changes then.
         """
-        expected, given = _describe(self.state_dict()), _describe(state)
-        for name in sorted(expected.keys() | given.keys()):
-            if given.get(name) != expected.get(name):
-                wanted, got = expected.get(name, "no such entry"), given.get(name, "nothing")
-                raise ValueError(f"{name}: expected {wanted}, got {got}")
+        self._check(state)
         for name, leaf in self.leaves().items():
             leaf.load_state_dict({key: state[f"{name}.{key}"] for key in leaf.state_dict()})
 
@@ -62,7 +61,7 @@ class Container(Layer):
 class Sequential(Container):
     """Layers one after the other; without any, y = x."""
 
-    def __init__(self, *layers: Layer | BatchNorm) -> None:
+    def __init__(self, *layers: Part) -> None:
         super().__init__(**{str(index): layer for index, layer in enumerate(layers)})
 
     def forward(self, x: Array) -> Array:
@@ -79,11 +78,11 @@ class Sequential(Container):
 
 
 class ResBlock(Container):
-    """y = relu(main(x) + shortcut(x)), from (m, C, H, W) to (m, O, H / stride, W / stride).
+    """y = relu(norm(main(x)) + shortcut(x)), from (m, C, H, W) to (m, O, H / stride, W / stride).
 
-    ``main`` is convolution, batch norm, ReLU, convolution, batch norm. ``shortcut`` is x itself, or
-    where the shapes differ a 1 x 1 convolution and batch norm. Parameters as in `Conv2d`, and
-    ``norm`` as in `mlp`.
+    ``main`` is convolution, norm and ReLU, convolution. ``shortcut`` is x itself, or where the
+    shapes differ a 1 x 1 convolution and norm. ``end``, one layer, has the last norm, adds, and
+    ends with ReLU. Parameters as in `resnet`.
     """
 
     def __init__(
@@ -92,59 +91,65 @@ class ResBlock(Container):
         c_out: int,
         *,
         stride: int = 1,
-        norm: bool,
+        norm: str,
+        zero_gamma: bool = False,
         rng: np.random.Generator,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        shortcut = Sequential()
+        conv = partial(Conv2d, bias=norm == "none", rng=rng, dtype=dtype)
         main = Sequential(
-            *conv_norm(c_in, c_out, 3, stride, norm, rng, dtype),
-            ReLU(),
-            *conv_norm(c_out, c_out, 3, 1, norm, rng, dtype),
+            conv(c_in, c_out, stride=stride),
+            *norm_layers(norm, c_out, "relu", dtype),
+            conv(c_out, c_out),
         )
+        shortcut = Sequential()
         if (c_in, 1) != (c_out, stride):
-            shortcut = Sequential(*conv_norm(c_in, c_out, 1, stride, norm, rng, dtype))
-        super().__init__(main=main, shortcut=shortcut, relu=ReLU())
+            shortcut = Sequential(
+                conv(c_in, c_out, 1, stride=stride), *norm_layers(norm, c_out, None, dtype)
+            )
+        (end,) = norm_layers(norm, c_out, "relu", dtype)
+        if zero_gamma:
+            end.params["gamma"][:] = 0
+        # In this order a norm follows the convolution that it normalises: see `fold`.
+        super().__init__(shortcut=shortcut, main=main, end=end)
 
     def forward(self, x: Array) -> Array:
         """Compute y."""
-        children = self.children
-        return children["relu"].forward(
-            children["main"].forward(x) + children["shortcut"].forward(x)
-        )
+        shortcut, main, end = self.children.values()
+        y: Array = end.forward(main.forward(x), residual=shortcut.forward(x))
+        return y
 
     def backward(self, dy: Array) -> Array:
         """Compute dL/dx, the sum over both ways from x to y."""
-        children = self.children
-        dsum = children["relu"].backward(dy)
-        return children["main"].backward(dsum) + children["shortcut"].backward(dsum)
+        shortcut, main, end = self.children.values()
+        dmain, dshortcut = end.backward(dy)
+        dx: Array = main.backward(dmain) + shortcut.backward(dshortcut)
+        return dx
 
 
 def mlp(
     sizes: Sequence[int],
     *,
-    norm: bool,
+    norm: str,
     rng: np.random.Generator,
     dtype: DTypeLike = np.float32,
 ) -> Sequential:
-    """Build a multilayer perceptron; between two linear layers stand batch norm and ReLU.
+    """Build a multilayer perceptron; between two linear layers stand batch norm and ReLU, in one.
 
     Parameters
     ----------
     sizes : sequence of int
         Values of an input, units of each hidden layer, classes: ``[64, 128, 10]``.
-    norm : bool
-        Whether there is batch norm. Without it the linear layers have a bias instead.
+    norm : str
+        "batch", or "none": ReLU alone, and linear layers with a bias.
     rng : numpy.random.Generator
         Draws the weights.
     dtype : data-type
     """
-    layers: list[Layer | BatchNorm] = [Flatten()]
+    layers: list[Part] = [Flatten()]
     for n_in, n_out in pairwise(sizes[:-1]):
-        layers.append(Linear(n_in, n_out, bias=not norm, rng=rng, dtype=dtype))
-        if norm:
-            layers.append(BatchNorm(n_out, dtype=dtype))
-        layers.append(ReLU())
+        layers.append(Linear(n_in, n_out, bias=norm == "none", rng=rng, dtype=dtype))
+        layers += norm_layers(norm, n_out, "relu", dtype)
     layers.append(Linear(sizes[-2], sizes[-1], bias=True, rng=rng, dtype=dtype))
     return Sequential(*layers)
 
@@ -152,7 +157,8 @@ def mlp(
 def resnet(
     sizes: Sequence[int],
     *,
-    norm: bool,
+    norm: str,
+    zero_gamma: bool = False,
     rng: np.random.Generator,
     dtype: DTypeLike = np.float32,
 ) -> Sequential:
@@ -163,35 +169,61 @@ def resnet(
     sizes : sequence of int
         Channels of an image, channels of each block, classes: ``[1, 16, 32, 10]``. Each block but
         the first halves the height and the width.
-    norm, rng, dtype
+    norm : str
+        "batch", "instance" (with gamma and beta, but without running statistics), or "none":
+        convolutions have a bias then.
+    zero_gamma : bool
+        Whether gamma starts at 0 in the last norm of each block, so that the block starts as its
+        shortcut (P. Goyal et al., "Accurate, Large Minibatch SGD", 2017); it needs a norm.
+    rng, dtype
         As in `mlp`.
     """
-    layers: list[Layer | BatchNorm] = [
-        *conv_norm(sizes[0], sizes[1], 3, 1, norm, rng, dtype),
-        ReLU(),
+    layers: list[Part] = [
+        Conv2d(sizes[0], sizes[1], bias=norm == "none", rng=rng, dtype=dtype),
+        *norm_layers(norm, sizes[1], "relu", dtype),
     ]
     for index, c_out in enumerate(sizes[1:-1]):
         c_in, stride = (sizes[index], 2) if index else (c_out, 1)
-        layers.append(ResBlock(c_in, c_out, stride=stride, norm=norm, rng=rng, dtype=dtype))
+        layers.append(
+            ResBlock(
+                c_in, c_out, stride=stride, norm=norm, zero_gamma=zero_gamma, rng=rng, dtype=dtype
+            )
+        )
     layers += [GlobalAveragePool(), Linear(sizes[-2], sizes[-1], bias=True, rng=rng, dtype=dtype)]
     return Sequential(*layers)
 
 
-def conv_norm(
-    c_in: int,
-    c_out: int,
-    kernel: int,
-    stride: int,
-    norm: bool,
-    rng: np.random.Generator,
-    dtype: DTypeLike,
-) -> list[Layer | BatchNorm]:
-    """Build a convolution with batch norm after it, or without batch norm, with a bias."""
-    conv = Conv2d(c_in, c_out, kernel, stride=stride, bias=not norm, rng=rng, dtype=dtype)
-    return [conv, BatchNorm(c_out, dtype=dtype)] if norm else [conv]
+def norm_layers(
+    norm: str, channels: int, activation: Literal["relu"] | None, dtype: DTypeLike
+) -> list[Part]:
+    """Build a norm and what follows it, in one layer; without a norm what follows alone."""
+    match norm:
+        case "batch":
+            return [BatchNorm(channels, activation=activation, dtype=dtype)]
+        case "instance":
+            return [InstanceNorm(channels, activation=activation, affine=True, dtype=dtype)]
+        case "none":
+            return [ReLU()] if activation else []
+        case _:
+            raise ValueError(f"norm: expected batch, instance or none, got {norm!r}")
 
 
-def _describe(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return shape and type of each entry."""
-    arrays = {name: np.asarray(value) for name, value in state.items()}
-    return {name: f"{array.dtype} of shape {array.shape}" for name, array in arrays.items()}
+def fold(network: Container, plain: Container) -> None:
+    """Fold the batch norms of a network into the layers in front of them.
+
+    In evaluation ``plain`` then computes what ``network`` does.
+
+    Parameters
+    ----------
+    network : Container
+        With batch norm or without; not changed.
+    plain : Container
+        The same network built with ``norm="none"``, which takes over weights and biases.
+    """
+    targets = (leaf for leaf in plain.leaves().values() if leaf.params)
+    for leaf, following in pairwise([*network.leaves().values(), None]):
+        if isinstance(leaf, (Linear, Conv2d)):
+            state = leaf.state_dict()
+            if isinstance(following, BatchNorm):
+                state["weight"], state["bias"] = following.fold_into(**state)
+            next(targets).load_state_dict(state)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,27 +12,29 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+import fastbn
 from fastbn import optim
 from fastbn.demo import DemoError, require
-from fastbn.demo.data import Data, Examples, load
-from fastbn.demo.files import one_line, read_npz, write_atomically
+from fastbn.demo.data import Array, Data, Examples, load
+from fastbn.demo.files import one_line, read_npz, refusals, write_atomically
 from fastbn.demo.layers import softmax_cross_entropy
-from fastbn.demo.network import Sequential, mlp, resnet
+from fastbn.demo.network import Part, Sequential, fold, mlp, resnet
 
 Epoch: TypeAlias = dict[str, float]
 
 CHOICES = {
     "model": ("mlp", "resnet"),
-    "norm": ("batch", "none"),
+    "norm": ("batch", "instance", "none"),
     "optimizer": ("sgd", "momentum", "rmsprop", "adam"),
     "lr_decay": ("none", "inverse", "exponential", "staircase", "cosine"),
 }
+COMPARED = {"mlp": ("batch", "none"), "resnet": ("batch", "instance", "none")}
 EPOCHS = {"mlp": 20, "resnet": 10}
 HIDDEN = {"mlp": (256, 128), "resnet": (16, 32)}
 LR = {"sgd": 0.3, "momentum": 0.05, "rmsprop": 2e-3, "adam": 3e-3}
 DECAY_RATE = {"inverse": 1.0, "exponential": 0.9, "staircase": 0.5}
 METRICS = ("loss", "accuracy", "validation_loss", "validation_accuracy")
-CHECKPOINT = "fastbn demo checkpoint 1"
+CHECKPOINT = "fastbn demo checkpoint 2"
 
 
 class DivergedError(DemoError):
@@ -52,6 +55,7 @@ class Config:
     data_dir: str
     model: str
     norm: str
+    zero_gamma: bool
     hidden: tuple[int, ...]
     optimizer: str
     lr: float
@@ -65,6 +69,12 @@ class Config:
         # A checkpoint can bring any type: `type(n) is int` keeps True and 3.0 out as well.
         for name, choices in CHOICES.items():
             self._expect(name, getattr(self, name) in choices, " or ".join(choices))
+        if self.model == "mlp":
+            words = "batch or none with --model mlp, where an example has no positions to average"
+            self._expect("norm", self.norm != "instance", words)
+        self._expect("zero_gamma", type(self.zero_gamma) is bool, "True or False")
+        blocks = self.model == "resnet" and self.norm != "none"
+        self._expect("zero_gamma", blocks or not self.zero_gamma, "--model resnet with a norm")
         for name in ("data", "data_dir"):
             self._expect(name, type(getattr(self, name)) is str, "text")
         least = {"batch_size": 2 if self.norm == "batch" else 1, "epochs": 1, "seed": 0}
@@ -96,6 +106,7 @@ def configure(given: Mapping[str, Any]) -> Config:
         "data": "digits",
         "data_dir": str(Path("fashion-mnist").resolve()),
         "norm": "batch",
+        "zero_gamma": False,
         "hidden": HIDDEN.get(names["model"]),
         "lr": LR.get(names["optimizer"]),
         "decay_rate": DECAY_RATE.get(names["lr_decay"]),
@@ -135,10 +146,7 @@ class Trainer:
             )
         self.config, self.data = config, data
         self.rng = np.random.default_rng(config.seed)
-        build = mlp if config.model == "mlp" else resnet
-        self.network: Sequential = build(
-            layer_sizes(config, data), norm=config.norm == "batch", rng=self.rng
-        )
+        self.network = build(config, data, self.rng)
         self.optimizer = make_optimizer(config, self.network)
         self.history: list[Epoch] = []
         self.saved: Path | None = None
@@ -146,7 +154,7 @@ class Trainer:
     @property
     def name(self) -> str:
         """What tells this network from that of another run."""
-        return "with batch norm" if self.config.norm == "batch" else "without batch norm"
+        return "without norm" if self.config.norm == "none" else f"with {self.config.norm} norm"
 
     def run(self, save: Path | None = None) -> None:
         """Train up to ``config.epochs``, print a line an epoch, and save each one to a file.
@@ -160,18 +168,21 @@ class Trainer:
         """
         if save:
             self.save(save)  # so that even the first epoch can be interrupted and resumed
-        # A second BLAS thread gains next to nothing on products as small as these, waits long for
-        # a busy core, and gives other bits: one thread gives the same on any number of cores.
-        epochs = self.config.epochs
-        with require("threadpoolctl").threadpool_limits(1, user_api="blas"):
-            for number in range(len(self.history) + 1, epochs + 1):
-                title = f"epoch {number:{len(str(epochs))}}/{epochs}"
-                epoch = self.train_epoch(title)
-                self.history.append(epoch)
+        with one_blas_thread():
+            while len(self.history) < self.config.epochs:
+                line = self.next_epoch()
                 if save:
                     self.save(save)
-                values = (f"{name.replace('_', ' ')} {epoch[name]:.4f}" for name in METRICS)
-                print(title, *values, sep="  ", flush=True)
+                print(line, flush=True)
+
+    def next_epoch(self) -> str:
+        """Train one more epoch, and return the line that tells of it."""
+        epochs = self.config.epochs
+        title = f"epoch {len(self.history) + 1:{len(str(epochs))}}/{epochs}"
+        epoch = self.train_epoch(title)
+        self.history.append(epoch)
+        values = (f"{name.replace('_', ' ')} {epoch[name]:.4f}" for name in METRICS)
+        return "  ".join((title, *values))
 
     def train_epoch(self, title: str) -> Epoch:
         """Train on each training example once, in minibatches of a new random order."""
@@ -204,12 +215,8 @@ class Trainer:
     def evaluate(self, examples: Examples) -> tuple[float, float]:
         """Return loss and accuracy in evaluation mode: batch norm uses its running statistics."""
         x, y = examples
-        self.network.eval()
+        logits = evaluate(self.network, x)
         with np.errstate(all="ignore"):
-            # A hundred at a time bounds the memory; in this mode it changes nothing.
-            logits = np.concatenate(
-                [self.network.forward(x[start : start + 100]) for start in range(0, len(x), 100)]
-            )
             loss, _ = softmax_cross_entropy(logits, y)
         return loss, float((logits.argmax(axis=1) == y).mean())
 
@@ -218,24 +225,68 @@ class Trainer:
         reached = [epoch["validation_accuracy"] >= accuracy for epoch in self.history]
         return reached.index(True) + 1 if any(reached) else None
 
-    def save(self, path: Path) -> None:
-        """Write all that `load_checkpoint` needs into one file, whole or not at all."""
+    def state(self) -> dict[str, Any]:
+        """Return copies of all that decides how the training goes on: what a checkpoint holds."""
         about = {
             "format": CHECKPOINT,
             "config": dataclasses.asdict(self.config),
             "history": self.history,
             "rng": self.rng.bit_generator.state,
         }
-        arrays = {
+        return {
             "about": np.array(json.dumps(about)),
             **{f"network.{name}": value for name, value in self.network.state_dict().items()},
             **{f"optimizer.{name}": value for name, value in self.optimizer.state_dict().items()},
         }
-        write_atomically(path, lambda file: np.savez(file, **arrays), option="--save")
+
+    def save(self, path: Path, *, option: str = "--save") -> None:
+        """Write the state into one file for `load_checkpoint`, whole or not at all."""
+        arrays = self.state()
+        write_atomically(path, lambda file: np.savez(file, **arrays), option=option)
         self.saved = path
 
+    def export(self, path: Path) -> str:
+        """Write the weights and biases of the network with each batch norm folded into them.
 
-def load_checkpoint(path: Path, given: Mapping[str, Any]) -> Trainer:
+        Returns
+        -------
+        str
+            What a network without norm, read back from the file, makes of the test examples.
+
+        Raises
+        ------
+        DemoError
+            If safetensors is missing or the file cannot be written.
+        """
+        require("safetensors.numpy", extra="io")
+        plain = dataclasses.replace(self.config, norm="none", zero_gamma=False)
+        first, second = (build(plain, self.data, np.random.default_rng()) for _ in range(2))
+        fold(self.network, first)
+        with refusals(path, "--export"):
+            fastbn.save(path, trained_layers(first))
+            fastbn.load(path, trained_layers(second))
+        x, _ = self.data.test
+        logits, folded = evaluate(self.network, x), evaluate(second, x)
+        same = np.count_nonzero(logits.argmax(axis=1) == folded.argmax(axis=1))
+        return (
+            f"predictions of the folded network: {same} of {len(x)} the same; its logits, up to"
+            f" {np.abs(logits).max():.3g}, differ by at most {np.abs(folded - logits).max():.2g}"
+        )
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Hold BLAS to one thread, for the same bits on any number of cores."""
+    # A second one gains next to nothing on products as small as these, waits long for a busy core,
+    # and gives other bits.
+    limits: AbstractContextManager[Any] = require("threadpoolctl").threadpool_limits(
+        1, user_api="blas"
+    )
+    return limits
+
+
+def load_checkpoint(
+    path: Path, given: Mapping[str, Any], *, data: Data | None = None, option: str = "--resume"
+) -> Trainer:
     """Read what `Trainer.save` wrote.
 
     Parameters
@@ -243,25 +294,34 @@ def load_checkpoint(path: Path, given: Mapping[str, Any]) -> Trainer:
     path : Path
     given : mapping
         Fields of `Config` that were asked for. Only ``epochs`` may differ, and only upwards.
+    data : Data, optional
+        The data, where they are loaded already.
+    option : str
+        The option that named the file, for error messages.
 
     Raises
     ------
     DemoError
         If the file is missing, damaged, foreign, or of another configuration.
     """
-    arrays = read_npz(path, option="--resume", compressed=False)
-    foreign = DemoError(f"--resume {path}: not a checkpoint of `fastbn train --save`, or damaged")
+    arrays = read_npz(path, option=option, compressed=False)
+    foreign = DemoError(f"{option} {path}: not a checkpoint of `fastbn train --save`, or damaged")
     try:
         about = json.loads(str(arrays["about"]))
-        if about["format"] != CHECKPOINT:
+        written = str(about["format"])
+        if written != CHECKPOINT and written.startswith(CHECKPOINT[:-1]):
+            foreign = DemoError(
+                f"--resume {path}: expected a {CHECKPOINT}, got a {written}, of another version"
+            )
+        if written != CHECKPOINT:
             raise foreign
         saved = about["config"]
         config = Config(**{**saved, "hidden": tuple(saved["hidden"])})
         history = [{name: float(epoch[name]) for name in METRICS} for epoch in about["history"]]
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise foreign from error
-    config = _merge(config, given, path)
-    data = load(config.data, config.data_dir)
+    config = merge(config, given, path)
+    data = data or load(config.data, config.data_dir)
     # Before a network is built: its size comes from the file, and must be in the file.
     weights = sum(n_in * n_out for n_in, n_out in pairwise(layer_sizes(config, data)))
     if weights > sum(array.size for array in arrays.values()):
@@ -274,13 +334,13 @@ def load_checkpoint(path: Path, given: Mapping[str, Any]) -> Trainer:
         trainer.rng.bit_generator.state = about["rng"]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DemoError(
-            f"--resume {path}: damaged, or {config.data} has changed: {one_line(error)}"
+            f"{option} {path}: damaged, or {config.data} has changed: {one_line(error)}"
         ) from error
     return trainer
 
 
-def _merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
-    """Raise the epochs of a saved configuration; refuse any other change."""
+def merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
+    """Raise the epochs of a configuration saved in a file; refuse any other change."""
     for name, value in given.items():
         saved = getattr(config, name)
         if value != saved and name != "epochs":
@@ -313,13 +373,43 @@ def layer_sizes(config: Config, data: Data) -> list[int]:
     shape = data.train[0].shape[1:]
     if config.model == "resnet" and len(shape) != 3:
         raise DemoError(f"--model resnet: expected images, got examples of shape {shape}")
+    if config.norm == "instance":
+        halved = 2 ** (len(config.hidden) - 1)
+        if all(size <= halved for size in shape[1:]):
+            raise DemoError(
+                "--norm instance: expected blocks few enough to leave more than one pixel, got"
+                f" {len(config.hidden)} of --hidden, each but the first halving {shape[1:]}"
+            )
     n_in = math.prod(shape) if config.model == "mlp" else shape[0]
     return [n_in, *config.hidden, data.classes]
 
 
+def build(config: Config, data: Data, rng: np.random.Generator) -> Sequential:
+    """Build the network."""
+    sizes = layer_sizes(config, data)
+    if config.model == "mlp":
+        return mlp(sizes, norm=config.norm, rng=rng)
+    return resnet(sizes, norm=config.norm, zero_gamma=config.zero_gamma, rng=rng)
+
+
+def evaluate(network: Sequential, x: Array) -> Array:
+    """Return the logits, shape (m, K), in evaluation mode."""
+    network.eval()
+    with np.errstate(all="ignore"):
+        # A hundred at a time bounds the memory; in this mode it changes nothing.
+        return np.concatenate(
+            [network.forward(x[start : start + 100]) for start in range(0, len(x), 100)]
+        )
+
+
+def trained_layers(network: Sequential) -> dict[str, Part]:
+    """Return the layers with parameters, by name."""
+    return {name: layer for name, layer in network.leaves().items() if layer.params}
+
+
 def make_optimizer(config: Config, network: Sequential) -> optim.Optimizer:
     """Build the optimizer of the network's parameters."""
-    layers = [layer for layer in network.leaves().values() if layer.params]
+    layers = list(trained_layers(network).values())
     match config.optimizer:
         case "sgd":
             return optim.SGD(layers, config.lr)

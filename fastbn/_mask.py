@@ -1,0 +1,62 @@
+"""Minibatches of which some positions do not count: the others are put together, and back."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+
+class Valid:
+    """The positions that a mask leaves of arrays like x.
+
+    Parameters
+    ----------
+    mask : array_like of bool, of x's shape without `axis`
+        Which positions count.
+    x : ndarray
+    axis : int
+        The channel axis of x, known to be one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If mask is not of that shape and type.
+    """
+
+    def __init__(self, mask: ArrayLike, x: Array, axis: int) -> None:
+        mask = np.array(mask)  # a copy: the backward pass goes by it
+        expected = tuple(n for i, n in enumerate(x.shape) if i != axis % x.ndim)
+        if mask.dtype != bool:
+            raise TypeError(f"mask: expected bool, got {mask.dtype}")
+        if mask.shape != expected:
+            raise ValueError(
+                f"mask: expected shape {expected}, x's without axis {axis}, got {mask.shape}"
+            )
+        self.mask, self.shape, self.channel_axis = mask, x.shape, axis
+        self.count = int(np.count_nonzero(mask))
+        self.by_memory = np.argsort([-abs(stride) for stride in x.strides], kind="stable")
+        # Values of a position lie together, or those of a channel: so they are put together.
+        self.axis = 1 if self.by_memory[-1] == axis % x.ndim else 0
+
+    def take(self, array: Array) -> Array:
+        """Return the values at valid positions, with the channels on ``self.axis`` of two."""
+        if self.axis == 1:
+            values: Array = np.moveaxis(array, self.channel_axis, -1)[self.mask]
+        else:
+            values = np.moveaxis(array, self.channel_axis, 0)[:, self.mask]
+        return values
+
+    def put(self, values: Array, out: Array | None = None) -> Array:
+        """Undo `take`: return an array (out, where given) that is 0 at the other positions."""
+        if out is None:
+            shape = [self.shape[i] for i in self.by_memory]
+            out = np.zeros(shape, values.dtype).transpose(np.argsort(self.by_memory))
+        else:
+            out[...] = 0
+        if self.axis == 1:
+            np.moveaxis(out, self.channel_axis, -1)[self.mask] = values
+        else:
+            np.moveaxis(out, self.channel_axis, 0)[:, self.mask] = values
+        return out

@@ -1,0 +1,297 @@
+"""What the layers share: parameters, running statistics, modes, hooks, state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from math import isfinite
+from operator import index
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastbn import functional
+from fastbn._hooks import Handle, HookList
+
+if TYPE_CHECKING:
+    from fastbn.functional import Activation, Cache, Moments
+
+Array = NDArray[Any]
+
+
+class Norm(ABC):
+    """What the layers share; each says how a minibatch is normalised, and tracked."""
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        axis: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        dtype: DTypeLike,
+        activation: Activation,
+    ) -> None:
+        self.num_features = as_integer("num_features", num_features, least=1)
+        self.axis = as_integer("axis", axis)
+        self.eps = as_number("eps", eps)
+        if not (isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+        self.momentum = None if momentum is None else as_number("momentum", momentum)
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum}")
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
+        if activation not in (None, "relu", "leaky_relu"):
+            raise ValueError(
+                f"activation: expected None, 'relu' or 'leaky_relu', got {activation!r}"
+            )
+        self.activation = activation
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.training = True
+        self.params: dict[str, Array] = {}
+        self.grads: dict[str, Array] = {}
+        if affine:
+            self.params["gamma"] = np.ones(self.num_features, self.dtype)
+            self.params["beta"] = np.zeros(self.num_features, self.dtype)
+            self.grads["gamma"] = np.zeros(self.num_features, self.dtype)
+            self.grads["beta"] = np.zeros(self.num_features, self.dtype)
+        self.running_mean = np.zeros(self.num_features) if track_running_stats else None
+        self.running_var = np.ones(self.num_features) if track_running_stats else None
+        self.num_batches_tracked = 0
+        self._cache: Cache | None = None
+        self._seen: list[Moments] | None = None  # what update_statistics collects
+        self._grad_hooks = HookList()
+
+    @property
+    def gamma(self) -> Array:
+        """The scale, shape (C,); assigning writes into the same array."""
+        return self._parameter("gamma")
+
+    @gamma.setter
+    def gamma(self, value: ArrayLike) -> None:
+        self._parameter("gamma")[...] = as_values("gamma", value, self.num_features)
+
+    @property
+    def beta(self) -> Array:
+        """The shift, shape (C,); assigning writes into the same array."""
+        return self._parameter("beta")
+
+    @beta.setter
+    def beta(self, value: ArrayLike) -> None:
+        self._parameter("beta")[...] = as_values("beta", value, self.num_features)
+
+    def _parameter(self, name: str) -> Array:
+        if not self.affine:
+            raise AttributeError(f"{name}: this layer has none, it was made with affine=False")
+        return self.params[name]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training (or, with ``mode=False``, to evaluation); return the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to evaluation, which uses the running statistics; return the layer."""
+        return self.train(False)
+
+    @abstractmethod
+    def _by_minibatch(
+        self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
+    ) -> tuple[Array, Cache]:
+        """Normalise x, known to have the right channels, by its own statistics."""
+
+    @abstractmethod
+    def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
+        """Move the running mean and var, in place, towards those of a minibatch."""
+
+    def _forward(
+        self, x: ArrayLike, residual: ArrayLike | None, mask: ArrayLike | None = None
+    ) -> Array:
+        if not isinstance(x, np.ndarray):
+            try:
+                x = np.asarray(x)
+            except ValueError as error:
+                raise ValueError(f"x: expected an array_like of numbers, got {error}") from None
+        if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
+            raise ValueError(
+                f"x: expected {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
+            )
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            y, self._cache = functional.inference_with_cache(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.params.get("gamma"),
+                self.params.get("beta"),
+                self.axis,
+                self.eps,
+                self.activation,
+                residual,
+                mask,
+            )
+            return y
+        y, self._cache = self._by_minibatch(x, residual, mask)
+        if self.training and self._seen is not None:
+            self._seen.append(self._cache.moments)
+        elif self.training and self.running_mean is not None and self.running_var is not None:
+            self.num_batches_tracked += 1
+            weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self._move_running(self._cache, self.running_mean, self.running_var, weight)
+        return y
+
+    def backward(self, dy: ArrayLike) -> Any:
+        """Take the gradient of the loss back through the last `forward`.
+
+        Fills `grads`, then runs the hooks of `register_grad_hook`. After a forward pass in
+        evaluation with running statistics, those count as constants.
+
+        Parameters
+        ----------
+        dy : array_like
+            Gradient of the loss with respect to y: of its shape and dtype.
+
+        Returns
+        -------
+        ndarray
+            dx, the gradient with respect to x. Where `forward` was given a residual, a pair:
+            (dx, dresidual).
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward pass.
+        TypeError, ValueError
+            If dy is of another dtype or shape than x was.
+        """
+        if self._cache is None:
+            raise RuntimeError("backward: there was no forward pass to go back through")
+        dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(dy, self._cache)
+        if self.affine:
+            self.grads["gamma"][...] = dgamma
+            self.grads["beta"][...] = dbeta
+        self._grad_hooks.run(self)
+        return (dx, *dresidual) if dresidual else dx
+
+    def register_grad_hook(self, hook: Callable[[Self], object]) -> Handle:
+        """Have `hook(layer)` called at the end of each `backward`, after `grads` are filled.
+
+        Returns
+        -------
+        Handle
+            Its `remove()` unregisters the hook.
+        """
+        return self._grad_hooks.register(hook)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return copies of parameters and running statistics under the keys that PyTorch uses.
+
+        Returns
+        -------
+        dict of str to ndarray
+            weight (gamma) and bias (beta) if affine; running_mean, running_var and
+            num_batches_tracked if there are running statistics.
+        """
+        state = {name: np.array(array) for name, array in self._state().items()}
+        if self.track_running_stats:
+            state["num_batches_tracked"] = np.array(self.num_batches_tracked, dtype=np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict`, of this library or of PyTorch, returned.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            Exactly the entries that this layer's `state_dict` has.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an entry is missing, unknown, of the wrong shape or no number; nothing is changed.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
+        expected = self.state_dict()
+        if state.keys() != expected.keys():
+            raise ValueError(
+                f"state: expected the entries {', '.join(expected)}; "
+                f"missing: {', '.join(sorted(expected.keys() - state.keys())) or 'none'}, "
+                f"unknown: {', '.join(sorted(map(str, state.keys() - expected.keys()))) or 'none'}"
+            )
+        targets = self._state()
+        # Copies of the final type: nothing can fail, and nothing alias, once writing begins.
+        checked = {
+            name: np.array(as_values(name, state[name], self.num_features), target.dtype)
+            for name, target in targets.items()
+        }
+        if "running_var" in checked and (checked["running_var"] < 0).any():
+            raise ValueError(
+                f"running_var: expected values >= 0, got {checked['running_var'].min()}"
+            )
+        if self.track_running_stats:
+            tracked = np.asarray(state["num_batches_tracked"])
+            fits = tracked.shape == () and tracked.dtype.kind in "iu"
+            if not fits or not 0 <= int(tracked) < 2**63:
+                raise ValueError(
+                    "num_batches_tracked: expected one integer >= 0, "
+                    f"got {state['num_batches_tracked']!r}"
+                )
+            self.num_batches_tracked = int(tracked)
+        for name, values in checked.items():
+            targets[name][...] = values
+
+    def _state(self) -> dict[str, Array]:
+        """Return the live arrays of the state under PyTorch's names."""
+        arrays = {
+            "weight": self.params.get("gamma"),
+            "bias": self.params.get("beta"),
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+        }
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None, "_grad_hooks": HookList()}
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_features}, axis={self.axis}, eps={self.eps}, "
+            f"momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, dtype={self.dtype}, "
+            f"activation={self.activation!r})"
+        )
+
+
+def as_integer(name: str, value: int, least: int | None = None) -> int:
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+    return number
+
+
+def as_number(name: str, value: Any) -> float:
+    if isinstance(value, str):
+        raise TypeError(f"{name}: expected a number, got str")
+    try:
+        return float(value)
+    except (TypeError, OverflowError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+
+
+def as_values(name: str, value: ArrayLike, count: int) -> Array:
+    """Return value as an array of `count` floats, checked."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
+    if array.shape != (count,):
+        raise ValueError(f"{name}: expected shape ({count},), got {array.shape}")
+    return array
