@@ -111,9 +111,8 @@ axes[0].legend()
 def tell(depth, profile):
     for norm, (losses, changes, betas) in profile.items():
         print(
-            f"depth {depth}, {NAMES[norm]:15}  at {DISTANCES[-1]:g} the loss has changed"
-            f" by {losses[-1]:+.2f}, the gradient by {changes[-1]:.1f} of itself;"
-            f" beta {betas.max():.1f}"
+            f"depth {depth}, {NAMES[norm]:15}  at {DISTANCES[-1]:g}: loss {losses[-1]:+.2f},"
+            f" gradient changed by {changes[-1]:.1f} of itself;  beta {betas.max():.1f}"
         )
 
 

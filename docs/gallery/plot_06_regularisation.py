@@ -51,6 +51,9 @@ axes.loglog(SIZES, values[:, 0], marker="o", label="first norm")
 axes.loglog(SIZES, values[:, 1], marker="o", label="last norm")
 axes.loglog(SIZES, 1 / np.sqrt(SIZES), color="gray", linestyle=":", label="1 / sqrt(batch size)")
 axes.set(xlabel="batch size", ylabel="standard deviations")
+axes.set_xticks(SIZES, SIZES)
+axes.set_yticks((0.1, 0.2, 0.5), (0.1, 0.2, 0.5))
+axes.minorticks_off()
 axes.legend()
 for size, (first, last) in noise.items():
     print(f"batch size {size:3}: off by {first:.2f} in the first norm, by {last:.2f} in the last")
@@ -93,6 +96,7 @@ def results(build, **options):
     return [np.array(each) for each in zip(*found, strict=True)]
 
 
+# sphinx_gallery_thumbnail_number = 2
 runs = {size: results(virtual(size)) for size in SIZES}
 without = results(None, norm="none")
 
@@ -100,12 +104,14 @@ left, right = panels("held-out accuracy", "loss at the end")
 for size in (2, 4, 16, 160):
     band(left, range(1, EPOCHS + 1), runs[size][0], f"virtual batches of {size}")
 band(left, range(1, EPOCHS + 1), without[0], "without batch norm", color="black", linestyle="--")
-left.set(xlabel="epoch", ylim=(0.7, 1))
+left.set(xlabel="epoch", ylim=(0.5, 1))
 left.legend(loc="lower right")
 for at, name in ((1, "trained on"), (2, "held out")):
     band(right, SIZES, np.transpose([run[at] for run in runs.values()]), name, marker="o")
     right.axhline(without[at].mean(), color=f"C{at - 1}", linestyle=":")
 right.set(xscale="log", yscale="log", xlabel="size of the virtual batches (dotted: without)")
+right.set_xticks(SIZES, SIZES)
+right.minorticks_off()
 right.legend()
 ends = {size: run[0][:, -5:].mean(axis=1) for size, run in runs.items()}
 ends["without"] = without[0][:, -5:].mean(axis=1)

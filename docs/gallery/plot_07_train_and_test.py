@@ -70,7 +70,8 @@ for momentum, runs in results.items():
     for each, values in zip(axes, (runs[:, 0], runs[:, 2]), strict=True):
         band(each, epochs, values, f"momentum {momentum:g}")
 band(axes[0], epochs, results[0.1][:, 1], "exact", color="black", linestyle="--")
-axes[0].legend(loc="lower right")
+axes[0].set_ylim(0.3, 1)
+axes[0].legend(loc="lower right", ncols=2)
 axes[1].set(yscale="log", ylabel="standard deviations")
 for each in axes:
     each.set_xlabel("epoch")
@@ -80,12 +81,12 @@ end = {momentum: runs[:, 0, -3:].mean() for momentum, runs in results.items()}
 distance = {momentum: runs[:, 2, -3:].mean() for momentum, runs in results.items()}
 for momentum, runs in results.items():
     print(
-        f"momentum {momentum:<5g}  accuracy after the first epoch {spread(runs[:, 0, 0])},"
-        f" last three {spread(runs[:, 0, -3:].mean(axis=1))}; means off by {distance[momentum]:.2f}"
+        f"momentum {momentum:<5g}  accuracy, first epoch {spread(runs[:, 0, 0])},"
+        f" last three {spread(runs[:, 0, -3:].mean(axis=1))};  off by {distance[momentum]:.2f}"
     )
 exact = results[0.1][:, 1]
 print(
-    f"exact statistics  accuracy after the first epoch {spread(exact[:, 0])},"
+    f"exact           accuracy, first epoch {spread(exact[:, 0])},"
     f" last three {spread(exact[:, -3:].mean(axis=1))}"
 )
 

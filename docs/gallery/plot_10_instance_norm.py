@@ -72,6 +72,7 @@ for (task, norm), runs in curves.items():
     print(f"{task}: {NAMES[norm]:13}  accuracy at the end {spread(runs[:, -1])}")
 axes[0].set_ylabel("held-out accuracy")
 axes[0].legend()
+axes[1].set_xticks(range(1, 5))
 
 # %%
 # Other light at test time
