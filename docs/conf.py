@@ -52,5 +52,6 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_signature": False,
     "capture_repr": (),
+    "remove_config_comments": True,
     "parallel": 2,
 }

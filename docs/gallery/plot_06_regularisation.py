@@ -124,9 +124,9 @@ for name, values in ends.items():
 # %%
 # The numbers contradict the course. From virtual batches of 4 to 160 the noise falls to a sixth,
 # and the accuracy on held-out examples does not: the bands lie on each other. At 2 there is so
-# much noise that the network cannot learn the examples it is trained on. Batch norm does
-# generalise better than no norm, with half of the held-out loss, but it does so without noise too:
-# whatever regularises here, it is not the noise of the minibatch.
+# much of it that even the examples that were trained on have a high loss afterwards. Batch norm
+# does generalise better than no norm, by accuracy and by loss, but it does so with next to no
+# noise too: whatever regularises here, it is not the noise of the minibatch.
 
 means = {name: values.mean() for name, values in ends.items()}
 assert all(abs(means[size] - means[160]) < 0.015 for size in SIZES[1:])

@@ -81,12 +81,12 @@ end = {momentum: runs[:, 0, -3:].mean() for momentum, runs in results.items()}
 distance = {momentum: runs[:, 2, -3:].mean() for momentum, runs in results.items()}
 for momentum, runs in results.items():
     print(
-        f"momentum {momentum:<5g}  accuracy, first epoch {spread(runs[:, 0, 0])},"
+        f"momentum {momentum:<5g}  first epoch {spread(runs[:, 0, 0])},"
         f" last three {spread(runs[:, 0, -3:].mean(axis=1))};  off by {distance[momentum]:.2f}"
     )
 exact = results[0.1][:, 1]
 print(
-    f"exact           accuracy, first epoch {spread(exact[:, 0])},"
+    f"exact           first epoch {spread(exact[:, 0])},"
     f" last three {spread(exact[:, -3:].mean(axis=1))}"
 )
 
