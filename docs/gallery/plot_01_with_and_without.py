@@ -82,7 +82,7 @@ maps = {
 axes = panels(*NAMES.values(), sharey=True)
 for each, values in zip(axes, maps.values(), strict=True):
     image = each.imshow(values, vmin=GUESSING, vmax=1, cmap="viridis", aspect="auto")
-    each.set_xticks(range(len(LRS)), [f"{lr:g}" for lr in LRS])
+    each.set_xticks(range(len(LRS)), [f"{lr:g}" for lr in LRS], rotation=45)
     each.set_yticks(range(len(DEPTHS)), DEPTHS)
     each.set_xlabel("learning rate")
     each.grid(False)

@@ -188,13 +188,14 @@ for norm, accuracies in mlp_means.items():
 # At 2 the perceptron is far better off without batch norm. From 4 on it does as well as without,
 # or better: the size that ruins it is 2 alone. A virtual batch is no answer here; it is made for
 # the opposite case, batches too large to be noisy, and the second figure says that there was
-# nothing to bring back. InstanceNorm is an answer where an example has many values per channel,
-# and for images of batch size 2 it is ahead of batch norm here; but batch norm works too, as each
-# image brings enough values of its own. A perceptron has one value per channel and example, of
-# which InstanceNorm would leave zero: at batch size 2 it is best to leave the norm away.
+# nothing to bring back. InstanceNorm is an answer where an example has many values per channel;
+# but there batch norm hardly needs one: at batch size 2 the three residual networks stay close
+# together, as each image brings enough values of its own. A perceptron has one value per channel
+# and example, of which InstanceNorm would leave zero: at batch size 2 it is best to leave the norm
+# away.
 
 assert mlp_means["batch"][0] < mlp_means["none"][0] - 0.05
 assert (mlp_means["batch"][1:] > mlp_means["none"][1:] - 0.02).all()
 resnet_means = {norm: np.mean(accuracies, axis=0)[-1] for norm, accuracies in resnets.items()}
-assert resnet_means["instance"] > resnet_means["batch"]
-assert resnet_means["batch"] > 0.75
+assert min(resnet_means.values()) > 0.75
+assert max(resnet_means.values()) - min(resnet_means.values()) < 0.08
