@@ -45,6 +45,20 @@ def lint(session):
     session.run("mypy")
 
 
+@nox.session
+def docs(session):
+    """Build the pages into docs/_build/html, the gallery's trainings included, and run examples.
+
+    Arguments go to sphinx-build: `nox -s docs -- -D plot_gallery=0` leaves the trainings out.
+    """
+    session.install(".[docs]")
+    for builder in ("html", "doctest"):
+        session.run(
+            "sphinx-build", "-W", "--keep-going", "-b", builder, "-d", "docs/_build/doctrees",
+            *session.posargs, "docs", f"docs/_build/{builder}",
+        )  # fmt: skip
+
+
 @nox.session(venv_backend="none")
 def tsan(session):
     """Run the pool of threads under ThreadSanitizer (g++ or clang++, or what CXX says)."""

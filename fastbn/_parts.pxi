@@ -71,9 +71,9 @@ def batch_moments(x, *, axis=1):
 
 
 def merge_moments(*moments):
-    """Return the moments of all values together, exactly (Chan's formula [1]_).
+    """Return the moments of all values together, exactly.
 
-    With N the sum of the counts n_i::
+    By Chan's formula [1]_, with N the sum of the counts n_i::
 
         mean = sum n_i mean_i / N          var = sum n_i (var_i + (mean_i - mean)^2) / N
 

@@ -256,7 +256,7 @@ class SGD(Optimizer):
 
     References
     ----------
-    .. [1] I. Sutskever et al., ICML 2013, whose formulas have lr inside u; these are PyTorch's.
+    .. [1] Ilya Sutskever et al., ICML 2013, whose formulas have lr inside u; these are PyTorch's.
     """
 
     momentum: float = 0.0
@@ -291,7 +291,7 @@ class RMSprop(Optimizer):
 
     References
     ----------
-    .. [1] T. Tieleman, G. Hinton, "Lecture 6.5: RMSprop", Coursera 2012.
+    .. [1] Tijmen Tieleman, Geoffrey Hinton, "Lecture 6.5: RMSprop", Coursera 2012.
     """
 
     lr: float = 1e-2
@@ -325,7 +325,7 @@ class Adam(Optimizer):
 
     References
     ----------
-    .. [1] D. P. Kingma, J. Ba, "Adam", ICLR 2015, https://arxiv.org/abs/1412.6980
+    .. [1] Diederik P. Kingma, Jimmy Ba, "Adam", ICLR 2015, https://arxiv.org/abs/1412.6980
     """
 
     lr: float = 1e-3
@@ -350,7 +350,7 @@ class AdamW(Adam):
 
     References
     ----------
-    .. [1] I. Loshchilov, F. Hutter, ICLR 2019, https://arxiv.org/abs/1711.05101
+    .. [1] Ilya Loshchilov, Frank Hutter, ICLR 2019, https://arxiv.org/abs/1711.05101
     """
 
     weight_decay: float = field(default=0.01, kw_only=True)
