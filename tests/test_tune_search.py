@@ -480,7 +480,7 @@ def grpc(folder):
 
 @contextmanager
 def postgresql(folder):
-    pytest.importorskip("psycopg2")
+    pytest.importorskip("psycopg")
     on_debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     path = os.pathsep.join([os.environ["PATH"], *map(str, reversed(on_debian))])
     initdb, server = (shutil.which(name, path=path) for name in ("initdb", "postgres"))

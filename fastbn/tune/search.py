@@ -296,7 +296,8 @@ def _open(url: str | None) -> tuple[BaseStorage, Callable[[], object]]:
         proxy.wait_server_ready(timeout=10)
         return proxy, proxy.close
     if scheme == "postgresql":
-        require("psycopg2", "servers")
+        require("psycopg", "servers")
+        url = f"postgresql+psycopg://{rest}"  # which driver is the default is SQLAlchemy's to change
     return _open_database(url)
 
 
