@@ -22,7 +22,8 @@ def oldest(session):
     """Run the tests with the oldest dependencies that pyproject.toml allows at run time."""
     session.install(".[test]")
     session.install("numpy==1.26.0", "scikit-learn==1.4.0", "matplotlib==3.8.0", "scipy==1.11.4")
-    session.install("safetensors==0.5.0")
+    session.install("filelock==3.12.0", "safetensors==0.5.0")
+    session.install("optuna==4.3.0", "cmaes==0.10.0", "rich==13.0.0", "psycopg[binary]==3.1.18")
     session.install("pyparsing==3.1.0")  # matplotlib 3.8 calls what later ones deprecate
     # Deprecations of old versions are their own affair.
     session.run("pytest", "-W", "default::DeprecationWarning", *session.posargs)

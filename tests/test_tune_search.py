@@ -351,8 +351,8 @@ def test_a_trial_that_kills_its_workers_is_given_up():
         round_ = new_round(storage, trials=1)
         for attempt in range(1, 4):
             trial = round_.claim(f"worker {attempt}")
-            round_.release_all("another")
-            round_.release_all(f"worker {attempt}", lost=True)
+            assert not round_.release_all("another")
+            assert round_.release_all(f"worker {attempt}", lost=True)
             round_.release(storage.get_trial(trial._trial_id), lost=True)  # known already
         assert round_.claim("one more") is None
         [record] = round_.records()
@@ -433,7 +433,7 @@ def test_a_killed_worker_costs_time_only(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_all_workers_die_of_one_trial():
-    result = quiet(killed, start=start, trials=4, rounds=1, workers=2)
+    result = quiet(killed, start=start, trials=2, rounds=1, workers=2)
     assert {r.state for r in result.trials if r.params.get("units") != 5} == {"complete"}
     lost = [r for r in result.trials if r.params.get("units") == 5]
     assert lost

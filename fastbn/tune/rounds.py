@@ -379,11 +379,15 @@ class Round:
             return  # finished, or released by another
         self._refill(trial.user_attrs["slot"])
 
-    def release_all(self, worker: str, *, lost: bool = False) -> None:
-        """Release what a worker runs."""
-        for trial in self._running():
-            if trial.user_attrs.get("worker") == worker:
+    def release_all(self, worker: str, *, lost: bool = False) -> bool:
+        """Release what a worker runs, and return whether it ever claimed a trial."""
+        running = self.optuna.trial.TrialState.RUNNING
+        trials = self.study.get_trials(deepcopy=False)
+        claimed = [trial for trial in trials if trial.user_attrs.get("worker") == worker]
+        for trial in claimed:
+            if trial.state == running:
                 self.release(trial, lost=lost)
+        return bool(claimed)
 
     def _refill(self, number: int) -> None:
         counting, failed = self._trials()

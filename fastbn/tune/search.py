@@ -410,9 +410,8 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
                     failure = DemoError(why[0])
                     failure.add_note(why[1])
                     raise failure
-                current.release_all(worker.name, lost=True)
-                worked = any(record.worker == worker.name for record in search.records())
-                idle_deaths = 0 if worked or code == 0 else idle_deaths + 1
+                worked = [each.release_all(worker.name, lost=True) for each in search.rounds]
+                idle_deaths = 0 if any(worked) or code == 0 else idle_deaths + 1
                 if idle_deaths == ATTEMPTS:
                     raise DemoError(
                         f"workers: {ATTEMPTS} ended before their first trial, the last with exit"
