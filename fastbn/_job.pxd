@@ -1,4 +1,4 @@
-"""What `functional` asks of a kernel: one description of the work, and the function that does it."""
+"""What `functional` asks of a kernel: a description of the work, and the function that does it."""
 
 from libc.stdint cimport uint16_t
 

@@ -39,24 +39,21 @@ class Valid:
         self.by_memory = np.argsort([-abs(stride) for stride in x.strides], kind="stable")
         # Values of a position lie together, or those of a channel: so they are put together.
         self.axis = 1 if self.by_memory[-1] == axis % x.ndim else 0
+        self.at = mask if self.axis else (slice(None), mask)
 
     def take(self, array: Array) -> Array:
         """Return the values at valid positions, with the channels on ``self.axis`` of two."""
-        if self.axis == 1:
-            values: Array = np.moveaxis(array, self.channel_axis, -1)[self.mask]
-        else:
-            values = np.moveaxis(array, self.channel_axis, 0)[:, self.mask]
+        values: Array = self._channels_moved(array)[self.at]
         return values
 
     def put(self, values: Array, out: Array | None = None) -> Array:
         """Undo `take`: return an array (out, where given) that is 0 at the other positions."""
         if out is None:
             shape = [self.shape[i] for i in self.by_memory]
-            out = np.zeros(shape, values.dtype).transpose(np.argsort(self.by_memory))
-        else:
-            out[...] = 0
-        if self.axis == 1:
-            np.moveaxis(out, self.channel_axis, -1)[self.mask] = values
-        else:
-            np.moveaxis(out, self.channel_axis, 0)[:, self.mask] = values
+            out = np.empty(shape, values.dtype).transpose(np.argsort(self.by_memory))
+        out[...] = 0
+        self._channels_moved(out)[self.at] = values
         return out
+
+    def _channels_moved(self, array: Array) -> Array:
+        return np.moveaxis(array, self.channel_axis, -self.axis)

@@ -26,7 +26,6 @@ class Norm(ABC):
     def __init__(
         self,
         num_features: int,
-        *,
         axis: int,
         eps: float,
         momentum: float | None,
@@ -37,9 +36,7 @@ class Norm(ABC):
     ) -> None:
         self.num_features = as_integer("num_features", num_features, least=1)
         self.axis = as_integer("axis", axis)
-        self.eps = as_number("eps", eps)
-        if not (isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+        self.eps = as_eps("eps", eps)
         self.momentum = None if momentum is None else as_number("momentum", momentum)
         if self.momentum is not None and not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum}")
@@ -285,6 +282,13 @@ def as_number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, OverflowError):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+
+
+def as_eps(name: str, value: Any) -> float:
+    number = as_number(name, value)
+    if not (isfinite(number) and number >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return number
 
 
 def as_values(name: str, value: ArrayLike, count: int) -> Array:

@@ -12,7 +12,8 @@ class Moments(namedtuple("Moments", ["mean", "var", "count"])):
         How many values each channel has.
     mean_low : ndarray of float64, shape (C,), or 0.0
         What mean loses in rounding, so that parts can be merged exactly where the mean is large.
-        It is no item of the tuple, but goes along with copies and through pickle.
+        It is no item of the tuple, but goes along with copies and through pickle (not through
+        ``_replace``).
 
     Examples
     --------
@@ -111,10 +112,8 @@ def merge_moments(*moments):
     for i, each in enumerate(moments):
         check_moments(each, f"moments[{i}]", size)
     means, lows, variances = (
-        np.array([np.broadcast_to(np.reshape(row, -1), size) for row in rows], dtype=np.float64)
-        for rows in (
-            [m.mean for m in moments], [m.mean_low for m in moments], [m.var for m in moments]
-        )
+        np.array([np.broadcast_to(np.ravel(getattr(m, field)), size) for m in moments], np.float64)
+        for field in ("mean", "mean_low", "var")
     )
     return pooled(means, lows, variances, np.array([m.count for m in moments], dtype=np.float64))
 
@@ -221,10 +220,8 @@ def normalize(
     check_moments(moments, "moments", np.size(getattr(moments, "mean", ())))
     if moments.count == 0:
         raise ValueError("moments: expected those of one value per channel at least, got count 0")
-    y, cache = forward(
-        x, moments.mean, moments.mean_low, moments.var, gamma, beta, axis, eps, activation,
-        residual, None, out, INFERENCE, True,
-    )
+    given = moments.mean, moments.mean_low, moments.var
+    y, cache = forward(x, given, gamma, beta, axis, eps, activation, residual, None, out)
     cache.fixed, cache.count = False, moments.count
     return y, cache
 
@@ -261,16 +258,9 @@ def batch_norm_backward_reduce(dy, cache):
     >>> dbeta
     array([3.])
     """
-    cdef Cache c = checked_cache(cache)
-    cdef cnp.ndarray x = c.x, memory, sums
+    cdef Cache c = checked_cache(cache, True)
+    cdef cnp.ndarray x = c.x, memory = take_dy(c, x, dy), sums = np.zeros((2, c.channels))
     cdef Job job
-    if c.grouped:
-        raise ValueError("cache: expected one group of examples; use batch_norm_backward")
-    if c.valid is not None:
-        dy = c.valid.take(check_like(dy, "dy", whole(c)))
-    memory = like_x(dy, "dy", x)
-    checked_cache(c)
-    sums = np.zeros((2, c.channels))
     if cnp.PyArray_SIZE(memory):
         job.dy = cnp.PyArray_DATA(memory)
         job.residual = job.dresidual = NULL
@@ -316,6 +306,4 @@ def batch_norm_backward_apply(dy, cache, dgamma, dbeta, *, out=None):
     >>> bool((dx == fastbn.batch_norm_backward(dy, cache)[0]).all())
     True
     """
-    if checked_cache(cache).grouped:
-        raise ValueError("cache: expected one group of examples; use batch_norm_backward")
     return backward(dy, cache, out, dgamma, dbeta, APPLY)

@@ -104,7 +104,9 @@ INLINE unsigned above_zero(D a) {
 INLINE F select(unsigned bits, F a, F b) {
     return {_mm512_mask_blend_ps((__mmask16)bits, b.v, a.v)};
 }
-INLINE D select(unsigned bits, D a, D b) { return {_mm512_mask_blend_pd((__mmask8)bits, b.v, a.v)}; }
+INLINE D select(unsigned bits, D a, D b) {
+    return {_mm512_mask_blend_pd((__mmask8)bits, b.v, a.v)};
+}
 INLINE Twice<D> widen(F a) {
     return {{_mm512_cvtps_pd(_mm512_castps512_ps256(a.v))},
             {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))}};

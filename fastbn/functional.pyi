@@ -11,6 +11,8 @@ class Moments(NamedTuple):
     mean: NDArray[np.float64]
     var: NDArray[np.float64]
     count: int  # type: ignore[assignment]  # it hides the method of tuple
+    @property
+    def mean_low(self) -> Any: ...
 
 class Cache:
     @property

@@ -1,7 +1,7 @@
 """Batch normalisation as functions: check, allocate, call the kernel.
 
-Everything that can be wrong with the arguments is found in `_arguments.pxi`, before anything is
-written. The kernels get contiguous memory (see `_plan`) and per-channel values of float64.
+What is wrong with the arguments is found, mostly in `_arguments.pxi`, before anything is written.
+The kernels get contiguous memory (see `_plan`) and per-channel values of float64.
 
 A call with small arrays costs what is done here, so the way of an ndarray that is as one expects,
 contiguous, aligned and of a common type, goes through C alone; anything else takes its time.
@@ -277,11 +277,10 @@ cdef bint take_signs(Cache cache, cnp.ndarray result) except -1:
 
 
 cdef tuple forward(
-    object x, object mean, object mean_low, object var, object gamma, object beta, object axis,
-    object eps, object activation, object residual, object group_size, object out,
-    Operation operation, bint keep,
+    object x, object statistics, object gamma, object beta, object axis, object eps,
+    object activation, object residual, object group_size, object out, bint keep=True,
 ):
-    """Normalise x: FORWARD by its own statistics, INFERENCE by given ones.
+    """Normalise x: by its own statistics, or by (mean, what that lost in rounding, var).
 
     keep tells whether the cache that is returned beside y will be used to go back.
     """
@@ -297,22 +296,23 @@ cdef tuple forward(
     else:
         take_groups(cache, given, axis, group_size)
     cache.count = <double>cache.outer * cache.inner
-    if operation == FORWARD and cache.count == 0:
+    if statistics is None and cache.count == 0:
         raise ValueError(
             f"x: expected at least one value per channel, got shape {np.shape(given)}, axis {axis}"
         )
     take_activation(cache, activation)
     shape[0], shape[1] = GAMMA * cache.groups + BETA - GAMMA + 1, cache.channels
     cache.statistics = cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
-    if operation == INFERENCE:
+    if statistics is not None:
         cache.fixed = True
+        mean, mean_low, var = statistics
         for name, value, which in (("mean", mean, MEAN), ("var", var, VAR)):
             if value is None:
                 raise TypeError(
                     f"{name}: expected {cache.channels} value(s), one per channel, got None"
                 )
             take_values(value, name, cache.channels, cache.row(which), cache.type)
-        cache.matrix(MEAN_LOW)[...] = 0 if mean_low is None else mean_low
+        cache.matrix(MEAN_LOW)[...] = mean_low
         for c in range(cache.channels):
             if cache.row(VAR)[c] < 0:
                 raise ValueError(f"var: expected values >= 0, got {cache.var.min()}")
@@ -341,30 +341,30 @@ cdef tuple forward(
         job.dy = job.dresidual = NULL
         job.residual = NULL if addend is None else cnp.PyArray_DATA(addend)
         job.beta = shift
-        call_kernel(cache, operation, &job, cache.x, result)
+        call_kernel(cache, INFERENCE if cache.fixed else FORWARD, &job, cache.x, result)
     if out is not None and may_share(out, cache.x):
         cache.x = None
     return deliver(result, out), cache
 
 
 cdef tuple masked_forward(
-    object x, object mean, object var, object gamma, object beta, object axis, object eps,
-    object activation, object residual, object mask, object out, Operation operation,
+    object x, object statistics, object gamma, object beta, object axis, object eps,
+    object activation, object residual, object mask, object out,
 ):
     """Do as forward with the positions that the mask leaves, and put zeros at the others."""
     cdef cnp.ndarray given = as_floats(x, "x")
     cdef Cache cache
     axis = checked_axis(axis, given)
     valid = Valid(mask, given, axis)
-    if operation == FORWARD and not valid.count:
+    if statistics is None and not valid.count:
         raise ValueError(f"mask: expected valid positions, got none in shape {valid.mask.shape}")
     if residual is not None:
         residual = valid.take(check_like(residual, "residual", given))
     if out is not None:
         check_out(out, given, "x")
     y, cache = forward(
-        valid.take(given), mean, None, var, gamma, beta, valid.axis, eps, activation, residual,
-        None, None, operation, True,
+        valid.take(given), statistics, gamma, beta, valid.axis, eps, activation, residual, None,
+        None,
     )
     cache.valid = valid
     return valid.put(y, out), cache
@@ -427,9 +427,9 @@ def batch_norm(
 
     Notes
     -----
-    In float32 errors are at most 2 eps of the largest value of the result (of what is added up
-    for it, where there is a residual). The bits are the same on every CPU. With M = 1, y is beta. A NaN or an infinity makes its own channel NaN, and no
-    other; mean or var is then not finite.
+    In float32 errors are at most 2 eps of the largest value of the result (of what is added up for
+    it, where there is a residual). The bits are the same on every CPU. With M = 1, y is beta. A NaN
+    or an infinity makes its own channel NaN, and no other; mean or var is then not finite.
 
     References
     ----------
@@ -451,16 +451,13 @@ def batch_norm(
     """
     if mask is None:
         return forward(
-            x, None, None, None, gamma, beta, axis, eps, activation, residual, virtual_batch_size,
-            out, FORWARD, True,
+            x, None, gamma, beta, axis, eps, activation, residual, virtual_batch_size, out
         )
     if virtual_batch_size is not None:
         raise ValueError(
             f"virtual_batch_size: expected None where there is a mask, got {virtual_batch_size}"
         )
-    return masked_forward(
-        x, None, None, gamma, beta, axis, eps, activation, residual, mask, out, FORWARD
-    )
+    return masked_forward(x, None, gamma, beta, axis, eps, activation, residual, mask, out)
 
 
 def instance_norm(
@@ -511,23 +508,17 @@ def instance_norm(
     <BLANKLINE>
            [[-1.,  1.]]])
     """
-    return forward(
-        x, None, None, None, gamma, beta, axis, eps, activation, residual, 1, out, FORWARD, True
-    )
+    return forward(x, None, gamma, beta, axis, eps, activation, residual, 1, out)
 
 
 def inference_with_cache(
     x, mean, var, gamma, beta, axis, eps, activation=None, residual=None, mask=None
 ):
     """As `batch_norm_inference`; returns also the Cache for gradients at constant statistics."""
+    given = mean, 0.0, var
     if mask is not None:
-        return masked_forward(
-            x, mean, var, gamma, beta, axis, eps, activation, residual, mask, None, INFERENCE
-        )
-    return forward(
-        x, mean, None, var, gamma, beta, axis, eps, activation, residual, None, None, INFERENCE,
-        True,
-    )
+        return masked_forward(x, given, gamma, beta, axis, eps, activation, residual, mask, None)
+    return forward(x, given, gamma, beta, axis, eps, activation, residual, None, None)
 
 
 def batch_norm_inference(
@@ -573,10 +564,8 @@ def batch_norm_inference(
     >>> fastbn.batch_norm_inference(np.array([[1.0, 10.0]]), [0, 5], [1, 25], eps=0)
     array([[1., 1.]])
     """
-    return forward(
-        x, mean, None, var, gamma, beta, axis, eps, activation, residual, None, out, INFERENCE,
-        False,
-    )[0]
+    given = mean, 0.0, var
+    return forward(x, given, gamma, beta, axis, eps, activation, residual, None, out, False)[0]
 
 
 def batch_norm_backward(dy, cache, *, out=None):
@@ -655,7 +644,7 @@ def instance_norm_backward(dy, cache, *, out=None):
     return backward(dy, cache, out, None, None, BACKWARD)
 
 
-cdef Cache checked_cache(object cache):
+cdef Cache checked_cache(object cache, bint one_group=False):
     if type(cache) is not Cache:
         raise TypeError(
             f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
@@ -665,6 +654,8 @@ cdef Cache checked_cache(object cache):
             "cache: x is needed for the gradients, but out= has overwritten it; "
             "give another array as out"
         )
+    if one_group and (<Cache>cache).grouped:
+        raise ValueError("cache: expected one group of examples; use batch_norm_backward")
     return cache
 
 
@@ -675,11 +666,20 @@ cdef cnp.ndarray whole(Cache cache):
     return np.broadcast_to(np.empty((), cache.x.dtype), cache.valid.shape)
 
 
+cdef cnp.ndarray take_dy(Cache cache, cnp.ndarray x, object dy):
+    """Return dy where it counts, in memory as x is."""
+    if cache.valid is not None:
+        dy = cache.valid.take(check_like(dy, "dy", whole(cache)))
+    dy = like_x(dy, "dy", x)
+    checked_cache(cache)  # once more: to make an array of dy may have run anything
+    return dy
+
+
 cdef object backward(
     object dy, object cache, object out, object dgamma, object dbeta, Operation operation
 ):
     """Go back: BACKWARD returns all gradients, APPLY dx by given sums (and dresidual)."""
-    cdef Cache c = checked_cache(cache)
+    cdef Cache c = checked_cache(cache, operation == APPLY)
     cdef cnp.ndarray x = c.x, memory, result, dresidual = None  # c.x: another call may take it away
     cdef double* sums
     cdef Job job
@@ -690,13 +690,8 @@ cdef object backward(
         )
     if out is not None:
         check_out(out, whole(c), "x")
-    if c.valid is None:
-        memory = like_x(dy, "dy", x)
-        result = target(out, x, memory)
-    else:
-        memory = like_x(c.valid.take(check_like(dy, "dy", whole(c))), "dy", x)
-        result = fresh_like(x)
-    checked_cache(c)  # once more: to make an array of dy may have run anything
+    memory = take_dy(c, x, dy)
+    result = target(out if c.valid is None else None, x, memory)
     if c.residual:
         dresidual = fresh_like(x, beside=result)
     sums = <double*>malloc((2 * c.groups * c.channels + 1) * sizeof(double))
@@ -762,7 +757,8 @@ def update_running(
     if cache.groups > 1:
         moments = cache.moments
         count = moments.count
-        batch_mean, batch_var = running(moments.mean, cache.channels), running(moments.var, cache.channels)
+        batch_mean = running(moments.mean, cache.channels)
+        batch_var = running(moments.var, cache.channels)
     unbiased = count / (count - 1)
     for c in range(cache.channels):
         running_mean[c] = (1 - weight) * running_mean[c] + weight * batch_mean[c]

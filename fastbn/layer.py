@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import isfinite
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import functional
-from fastbn._norm import Array, Norm, as_integer, as_number, as_values
+from fastbn._norm import Array, Norm, as_eps, as_integer, as_number, as_values
 from fastbn.functional import merge_moments
 
 if TYPE_CHECKING:
@@ -108,24 +107,11 @@ class BatchNorm(Norm):
         virtual_batch_size: int | None = None,
     ) -> None:
         super().__init__(
-            num_features,
-            axis=axis,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            track_running_stats=track_running_stats,
-            dtype=dtype,
-            activation=activation,
+            num_features, axis, eps, momentum, affine, track_running_stats, dtype, activation
         )
         if virtual_batch_size is not None:
             virtual_batch_size = as_integer("virtual_batch_size", virtual_batch_size, least=1)
         self.virtual_batch_size = virtual_batch_size
-
-    def __call__(
-        self, x: ArrayLike, residual: ArrayLike | None = None, mask: ArrayLike | None = None
-    ) -> Array:
-        """Return `forward(x, residual, mask)`."""
-        return self._forward(x, residual, mask)
 
     def forward(
         self, x: ArrayLike, residual: ArrayLike | None = None, mask: ArrayLike | None = None
@@ -158,18 +144,20 @@ class BatchNorm(Norm):
         """
         return self._forward(x, residual, mask)
 
+    __call__ = forward
+
     def _by_minibatch(
         self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
     ) -> tuple[Array, Cache]:
+        size = self.virtual_batch_size if self.training else None
         count, why = x.size // self.num_features, ""
         if mask is not None:
             count = min(count, int(np.count_nonzero(mask)))
             why = f", of which mask leaves {count}"
-        elif self.virtual_batch_size is not None and x.ndim > 1:
+        elif size is not None and x.ndim > 1:
             examples = x.shape[-1 if self.axis in (0, -x.ndim) else 0]
-            last = examples % self.virtual_batch_size or self.virtual_batch_size
-            count = min(last, examples) * (count // max(1, examples))
-            why = f", in groups of {self.virtual_batch_size} examples"
+            count = min(examples % size or size, examples) * (count // max(1, examples))
+            why = f", in groups of {size} examples"
         if count < 2:
             raise ValueError(
                 "x: expected more than one value per channel to take statistics of, "
@@ -184,7 +172,7 @@ class BatchNorm(Norm):
             activation=self.activation,
             residual=residual,
             mask=mask,
-            virtual_batch_size=self.virtual_batch_size,
+            virtual_batch_size=size,
         )
 
     def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
@@ -315,21 +303,21 @@ class BatchNorm(Norm):
         >>> bn.momentum, bn.eps, bn.running_mean
         (0.25, 0.001, array([5., 6.]))
         """
-        names = ["gamma"] * scale + ["beta"] * center + ["moving_mean", "moving_variance"]
+        names = {"weight": "gamma"} if scale else {}
+        names |= {"bias": "beta"} if center else {}
+        names |= {"running_mean": "moving_mean", "running_var": "moving_variance"}
         if isinstance(weights, Mapping | str) or not hasattr(weights, "__len__"):
             raise TypeError(f"weights: expected a list of arrays, got {type(weights).__name__}")
         if len(weights) != len(names):
             raise ValueError(
-                f"weights: expected {len(names)} arrays, {', '.join(names)}, got {len(weights)}"
+                f"weights: expected {len(names)} arrays, {', '.join(names.values())},"
+                f" got {len(weights)}"
             )
-        arrays = {
-            name: (f"weights[{at}] ({name})", each)
-            for at, (name, each) in enumerate(zip(names, weights, strict=True))
+        given = {
+            key: (f"weights[{at}] ({name})", weights[at])
+            for at, (key, name) in enumerate(names.items())
         }
-        return cls._from_biased(
-            arrays.get("gamma"), arrays.get("beta"), *list(arrays.values())[-2:],
-            momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype,
-        )  # fmt: skip
+        return cls._from_biased(given, momentum, epsilon, axis, dtype)
 
     @classmethod
     def from_onnx(
@@ -354,14 +342,10 @@ class BatchNorm(Norm):
         scale, B, mean, var : array_like, shape (C,)
             The inputs of the operator: gamma, beta, and the running statistics (input_mean and
             input_var).
-        epsilon : float
-            Added to the variance; the layer's eps.
-        momentum : float
-            As in ONNX, the weight of the old value; the layer has 1 - momentum.
+        epsilon, momentum, dtype
+            As in `from_keras`.
         axis : int
             The channel axis, in ONNX always 1.
-        dtype : dtype
-            Of gamma and beta: float32 or float64.
 
         Returns
         -------
@@ -380,44 +364,40 @@ class BatchNorm(Norm):
         >>> bn(np.array([[5.0, 8.0]]))
         array([[1., 3.]])
         """
-        return cls._from_biased(
-            ("scale", scale), ("B", B), ("mean", mean), ("var", var),
-            momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype,
-        )  # fmt: skip
+        given = {
+            "weight": ("scale", scale),
+            "bias": ("B", B),
+            "running_mean": ("mean", mean),
+            "running_var": ("var", var),
+        }
+        return cls._from_biased(given, momentum, epsilon, axis, dtype)
 
     @classmethod
     def _from_biased(
         cls,
-        gamma: tuple[str, ArrayLike] | None,
-        beta: tuple[str, ArrayLike] | None,
-        mean: tuple[str, ArrayLike],
-        var: tuple[str, ArrayLike],
-        *,
+        given: Mapping[str, tuple[str, ArrayLike]],
         momentum: float,
         epsilon: float,
         axis: int,
         dtype: DTypeLike,
     ) -> Self:
-        """Make a layer from arrays, each with its name, in Keras's and ONNX's conventions."""
+        """Make a layer from entries of its state, each with its name in Keras or ONNX."""
         old = as_number("momentum", momentum)
         if not 0 <= old <= 1:
             raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
-        eps = as_number("epsilon", epsilon)
-        if not (isfinite(eps) and eps >= 0):
-            raise ValueError(f"epsilon: expected a finite number >= 0, got {epsilon}")
-        shape = np.shape(mean[1])
+        eps = as_eps("epsilon", epsilon)
+        name, mean = given["running_mean"]
+        shape = np.shape(mean)
         if len(shape) != 1 or not shape[0]:
-            raise ValueError(f"{mean[0]}: expected one value per channel, got shape {shape}")
-        given = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
-        values = {key: as_values(*each, *shape) for key, each in given.items() if each}
-        if (values["var"] < 0).any():
-            raise ValueError(f"{var[0]}: expected values >= 0, got {values['var'].min()}")
-        affine = bool(gamma or beta)
+            raise ValueError(f"{name}: expected one value per channel, got shape {shape}")
+        values = {key: as_values(*each, *shape) for key, each in given.items()}
+        if (values["running_var"] < 0).any():
+            least = values["running_var"].min()
+            raise ValueError(f"{given['running_var'][0]}: expected values >= 0, got {least}")
+        affine = len(given) > 2
         bn = cls(*shape, axis=axis, eps=eps, momentum=1 - old, affine=affine, dtype=dtype)
-        state = bn._state()
-        names = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var"}
         for key, array in values.items():
-            state[names[key]][...] = array
+            bn._state()[key][...] = array
         return bn
 
 
@@ -478,19 +458,8 @@ class InstanceNorm(Norm):
         activation: Activation = None,
     ) -> None:
         super().__init__(
-            num_features,
-            axis=axis,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            track_running_stats=track_running_stats,
-            dtype=dtype,
-            activation=activation,
+            num_features, axis, eps, momentum, affine, track_running_stats, dtype, activation
         )
-
-    def __call__(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
-        """Return `forward(x, residual)`."""
-        return self._forward(x, residual)
 
     def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
         """Normalise x, and in training update the running statistics, if there are any.
@@ -516,6 +485,8 @@ class InstanceNorm(Norm):
             statistics of, or if residual is of another shape.
         """
         return self._forward(x, residual)
+
+    __call__ = forward
 
     def _by_minibatch(
         self,

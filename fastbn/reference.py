@@ -299,20 +299,16 @@ def _backward_in_groups(dy: Array, cache: Groups, out: Array | None) -> tuple[Ar
     sums, images = [], []
     for part, each in parts:
         sums.append(batch_norm_backward_reduce(part, each))
-        images.append(batch_norm_backward_apply(part, each, *sums[-1]))
+        image = batch_norm_backward_apply(part, each, *sums[-1])
+        images.append(image if each.residual else (image,))
     first = cache.caches[0]
     dgamma, dbeta = np.sum(sums, axis=0)
-    more: list[Array] = []
-    if first.residual:
-        dx, dresidual = (np.concatenate(a, axis=cache.batch) for a in zip(*images, strict=True))
-        more = [dresidual]
-    else:
-        dx = np.concatenate(images, axis=cache.batch)
+    dx, *dresidual = (np.concatenate(a, axis=cache.batch) for a in zip(*images, strict=True))
     return (
         _rounded(dx, dx.dtype, out),
         _like_parameter(dgamma, first.gamma, first.x),
         _like_parameter(dbeta, first.beta, first.x),
-        *more,
+        *dresidual,
     )
 
 

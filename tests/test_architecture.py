@@ -35,6 +35,7 @@ ALLOWED = {
     "tune": {"", "demo", "tune"},
 }
 
+CYTHON_SOURCES = (".pyx", ".pxd", ".pxi")
 CYTHON = re.compile(
     r"^[ ]*from[ ]+(?P<module>[\w.]+)[ ]+c?import[ ]+(?P<names>\([^)]*\)|[^\n]+)"
     r"|^[ ]*c?import[ ]+(?P<modules>[\w., ]+)",
@@ -45,7 +46,7 @@ CYTHON = re.compile(
 def imports_of(path):
     """Return the modules of fastbn that a source imports; "" stands for fastbn itself."""
     found = []  # modules, and what is taken from which module
-    if path.suffix in (".pyx", ".pxd"):
+    if path.suffix in CYTHON_SOURCES:
         for match in CYTHON.finditer(path.read_text()):
             if match["module"]:
                 found += [(match["module"], name) for name in re.findall(r"\w+", match["names"])]
@@ -69,7 +70,7 @@ def is_module(name):
     return any((PACKAGE / f"{name}{suffix}").exists() for suffix in (".py", ".pyx", ".pxd", ""))
 
 
-SOURCES = sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".pyx", ".pxd"))
+SOURCES = sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", *CYTHON_SOURCES))
 
 
 def test_imports_of_cython_are_read(tmp_path):

@@ -236,7 +236,7 @@ def whole(tmp_path_factory):
 
 
 @settings(
-    deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_a_changed_byte_is_an_error_or_changes_nothing(data, whole, path):

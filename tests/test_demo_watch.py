@@ -104,7 +104,7 @@ RUNS = [
 
 @pytest.mark.parametrize("given", RUNS, ids=lambda given: "-".join(map(str, given.values())))
 def test_nudges_and_rollbacks_replay_to_the_same_bits(given, folder, nudged, capsys):
-    has_momentum = given["optimizer"] in watch.WITH_MOMENTUM
+    has_momentum = given["optimizer"] in train.OPTIMIZER
     nudges = {
         2: [{"lr": 0.01}],
         3: [{"momentum": 0.5}] if has_momentum else [{"lr": 0.02}],

@@ -98,7 +98,7 @@ def test_each_group_has_the_bits_that_it_has_alone(rng, layout, size, dtype):
         np.testing.assert_array_equal(dresidual[part], own_dresidual)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     shape=st.one_of(
         st.tuples(st.integers(2, 40), st.integers(1, 80), st.integers(1, 900)),

@@ -391,6 +391,8 @@ def test_virtual_batches_pool_the_running_statistics_exactly(rng, size):
     np.testing.assert_allclose(bn.running_mean, whole.running_mean, rtol=1e-15)
     np.testing.assert_allclose(bn.running_var, whole.running_var, rtol=1e-12)
     assert_close(bn.eval()(x), whole.eval()(x), scale=1e3)
+    untracked = BatchNorm(3, virtual_batch_size=size, track_running_stats=False)
+    np.testing.assert_array_equal(untracked.eval()(x), fastbn.batch_norm(x)[0])  # all together
 
 
 def test_instance_norm_keeps_the_averages_of_its_examples(rng):

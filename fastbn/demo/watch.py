@@ -34,9 +34,10 @@ from fastbn import optim
 from fastbn.demo import DemoError, require
 from fastbn.demo.curves import draw
 from fastbn.demo.data import Data, load
-from fastbn.demo.files import one_line, write_atomically
+from fastbn.demo.files import one_line, refusals, write_atomically
 from fastbn.demo.train import (
     METRICS,
+    OPTIMIZER,
     Config,
     DivergedError,
     Epoch,
@@ -54,7 +55,6 @@ LOG, LOCK = "log.jsonl", "lock"
 COLUMNS = ("epoch", "lr", "momentum", *METRICS, "nudges", "undone")
 RECENT = 10
 PATIENCE = 1  # seconds to wait for a folder, as `send` holds it for a moment
-WITH_MOMENTUM = ("momentum", "adam")
 
 
 class BusyError(DemoError):
@@ -153,7 +153,7 @@ class Log:
         self.pending: list[Nudge] = []
         self.ended = False
         head = {"format": FORMAT, "config": dataclasses.asdict(config)}
-        self._lines = [json.dumps(head)]
+        self._head = head
 
     @classmethod
     def read(cls, folder: Path, where: str) -> Self:
@@ -226,7 +226,8 @@ class Log:
 
     def write(self) -> None:
         """Write the file."""
-        content = "".join(f"{line}\n" for line in self._lines).encode()
+        lines = (json.dumps(line) for line in (self._head, *self.events))
+        content = "".join(f"{line}\n" for line in lines).encode()
         write_atomically(self.path, lambda file: file.write(content), option="--watch")
 
     def _follow(self, event: Event) -> None:
@@ -250,7 +251,6 @@ class Log:
         if event["event"] != "refused":
             self.ended = event["event"] == "end"
         self.events.append(event)
-        self._lines.append(json.dumps(event))
 
     def _take(self, nudge: Nudge) -> None:
         epoch = self.next_epoch
@@ -307,8 +307,9 @@ class Run:
         trainer = load_checkpoint(
             path, {"epochs": config.epochs}, data=self.data, option=self.option
         )
-        nudged = dataclasses.replace(config, lr=trainer.config.lr)
-        if trainer.config != nudged or trainer.history != self.log.history[:epoch]:
+        nudged = {name: getattr(trainer.config, name) for name in ("lr", "momentum", "beta1")}
+        expected = dataclasses.replace(config, **nudged)
+        if trainer.config != expected or trainer.history != self.log.history[:epoch]:
             raise DemoError(f"{self.option} {path}: not of this run, or damaged")
         return trainer
 
@@ -441,11 +442,9 @@ def start(folder: Path, config: Config) -> Trainer:
     option = "--watch"
     require("matplotlib")
     run = Run(folder, Log(folder / LOG, config), load(config.data, config.data_dir), option)
-    try:
+    with refusals(folder, option):
         folder.mkdir(parents=True, exist_ok=True)
         _expect_empty(folder, option)
-    except OSError as error:
-        raise DemoError(f"{option} {folder}: {one_line(error)}") from error
     with _locked(folder, option):
         _expect_empty(folder, option)  # nor has another process come first
         run.log.write()
@@ -472,9 +471,7 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Trainer:
     """
     option = "--resume"
     require("matplotlib")
-    Log.read(folder, f"{option} {folder}")  # before a lock is left in a folder without a run
-    with _locked(folder, option):
-        run = _open(folder, option)
+    with _opened(folder, option) as run:
         epochs = merge(run.log.config, given, run.log.path).epochs
         if not run.log.ended or run.log.next_epoch <= epochs:
             for path in folder.glob(".*.tmp"):  # left by write_atomically in a killed process
@@ -496,10 +493,8 @@ def replay(folder: Path) -> Trainer:
         there is no run, a process trains it, or a file is damaged.
     """
     option = "--replay"
-    Log.read(folder, f"{option} {folder}")
-    with _locked(folder, option):
-        run = _open(folder, option)
-    log = run.log
+    with _opened(folder, option) as run:
+        log = run.log
     targets = {nudge.rollback for _, nudge, _ in log.marks}
     with tempfile.TemporaryDirectory() as name, one_blas_thread():
         scratch = Path(name)
@@ -547,11 +542,9 @@ def send(folder: Path, nudge: Nudge) -> bool:
     except BusyError:
         trains = True
     queue = folder / "nudges"
-    try:
+    with refusals(queue, "nudge"):
         queue.mkdir(exist_ok=True)
         waiting = [path.name for path in queue.iterdir()]
-    except OSError as error:
-        raise DemoError(f"{queue}: {one_line(error)}") from error
     # Greater than that of any nudge that has been sent; two sent at once may have the same, and
     # then differ behind it.
     numbers = (re.match(r"\d{8}(?=-)", name) for name in waiting)
@@ -579,8 +572,8 @@ def check(nudge: Nudge, log: Log, folder: Path) -> None:
     if log.ended or (last and nudge.rollback is None and not nudge.stop):
         way = shlex.join(["fastbn", "train", "--resume", str(folder)]) + " --epochs N" * last
         raise DemoError(f"the run has ended after epoch {done}; `{way}` goes on with it")
-    if nudge.momentum is not None and config.optimizer not in WITH_MOMENTUM:
-        expected = " or ".join(WITH_MOMENTUM)
+    if nudge.momentum is not None and config.optimizer not in OPTIMIZER:
+        expected = " or ".join(OPTIMIZER)
         raise DemoError(
             f"--momentum: expected a run with --optimizer {expected}, got {config.optimizer}"
         )
@@ -598,9 +591,13 @@ def checkpoint(folder: Path, epoch: int) -> Path:
     return folder / f"epoch-{epoch:04d}.npz"
 
 
-def _open(folder: Path, option: str) -> Run:
-    log = Log.read(folder, f"{option} {folder}")
-    return Run(folder, log, load(log.config.data, log.config.data_dir), option)
+@contextmanager
+def _opened(folder: Path, option: str) -> Iterator[Run]:
+    """Read a run while nobody else trains it."""
+    Log.read(folder, f"{option} {folder}")  # before a lock is left in a folder without a run
+    with _locked(folder, option):
+        log = Log.read(folder, f"{option} {folder}")
+        yield Run(folder, log, load(log.config.data, log.config.data_dir), option)
 
 
 @contextmanager
@@ -633,10 +630,8 @@ def _expect_empty(folder: Path, option: str) -> None:
 
 
 def _delete(path: Path, option: str) -> None:
-    try:
+    with refusals(path, option):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise DemoError(f"{option} {path}: cannot be deleted: {one_line(error)}") from error
 
 
 def _waiting(folder: Path) -> list[Path]:
@@ -661,8 +656,10 @@ def _adjust(trainer: Trainer, nudge: Nudge) -> None:
         match trainer.optimizer:
             case optim.Adam() as adam:
                 adam.betas = nudge.momentum, adam.betas[1]
+                trainer.config = dataclasses.replace(trainer.config, beta1=nudge.momentum)
             case optim.SGD() as sgd:
                 sgd.momentum = nudge.momentum
+                trainer.config = dataclasses.replace(trainer.config, momentum=nudge.momentum)
 
 
 def _momentum(optimizer: optim.Optimizer) -> float | None:

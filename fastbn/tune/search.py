@@ -297,7 +297,7 @@ def _open(url: str | None) -> tuple[BaseStorage, Callable[[], object]]:
         return proxy, proxy.close
     if scheme == "postgresql":
         require("psycopg", "servers")
-        url = f"postgresql+psycopg://{rest}"  # which driver is the default is SQLAlchemy's to change
+        url = f"postgresql+psycopg://{rest}"  # SQLAlchemy's default driver has changed once
     return _open_database(url)
 
 
