@@ -45,9 +45,9 @@ class Row:
 
 
 def load(paths):
-    """Return the files, their rows (of the last file that has them), and what is no row."""
+    """Return the files, their rows, and what is no row; the last file that has one counts."""
     runs = [json.loads(Path(path).read_text()) for path in paths]
-    rows, others = {}, []
+    rows, others = {}, {}
     for run in runs:
         raced = {}
         for benchmark in run["benchmarks"]:
@@ -57,10 +57,10 @@ def load(paths):
                 row.seconds[info["contender"]] = seconds
                 row.errors[info["contender"]] = info["error_eps"]
             else:
-                others.append(info | {"seconds": seconds})
+                others[benchmark["fullname"]] = info | {"seconds": seconds}
         rows |= raced
     complete = [row for row in rows.values() if "fastbn" in row.seconds]
-    return runs, complete, others
+    return runs, complete, list(others.values())
 
 
 def time(seconds):
