@@ -103,9 +103,10 @@ cdef bint take_groups(Cache cache, cnp.ndarray x, object axis, object size) exce
                          f"{np.shape(x)}")
     if axis % cnp.PyArray_NDIM(x) == 0:
         batch = cnp.PyArray_NDIM(x) - 1
-    count, each = cnp.PyArray_DIM(x, batch), integer(size, "virtual_batch_size")
-    if each < 1:
+    count, size = cnp.PyArray_DIM(x, batch), integer(size, "virtual_batch_size")
+    if size < 1:
         raise ValueError(f"virtual_batch_size: expected None or an integer >= 1, got {size}")
+    each = min(size, max(count, 1))
     if count > each:
         strides = [abs(s) for s, n in zip((<object>x).strides, np.shape(x)) if n > 1]
         if (<object>x).strides[batch] != max(strides, default=0):
@@ -177,9 +178,9 @@ cdef double checked_eps(object eps) except -1:
 
 cdef bint take_activation(Cache cache, object activation) except -1:
     cache.activated = activation is not None
-    if activation is None or activation == "relu":
+    if activation is None or type(activation) is str and activation == "relu":
         cache.slope = 0
-    elif activation == "leaky_relu":
+    elif type(activation) is str and activation == "leaky_relu":
         cache.slope = 0.01
     else:
         raise ValueError(

@@ -43,7 +43,7 @@ class Norm(ABC):
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
-        if activation not in (None, "relu", "leaky_relu"):
+        if not isinstance(activation, str | None) or activation not in (None, "relu", "leaky_relu"):
             raise ValueError(
                 f"activation: expected None, 'relu' or 'leaky_relu', got {activation!r}"
             )
@@ -133,13 +133,15 @@ class Norm(ABC):
                 mask,
             )
             return y
-        y, self._cache = self._by_minibatch(x, residual, mask)
+        y, cache = self._by_minibatch(x, residual, mask)
         if self.training and self._seen is not None:
-            self._seen.append(self._cache.moments)
+            self._seen.append(cache.moments)
         elif self.training and self.running_mean is not None and self.running_var is not None:
-            self.num_batches_tracked += 1
-            weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-            self._move_running(self._cache, self.running_mean, self.running_var, weight)
+            tracked = self.num_batches_tracked + 1
+            weight = 1 / tracked if self.momentum is None else self.momentum
+            self._move_running(cache, self.running_mean, self.running_var, weight)
+            self.num_batches_tracked = tracked
+        self._cache = cache
         return y
 
     def backward(self, dy: ArrayLike) -> Any:

@@ -124,7 +124,7 @@ cdef bint check_moments(object moments, str name, Py_ssize_t channels) except -1
     for field in ("mean", "var", "count"):
         value = np.asarray(getattr(moments, field))
         size = 1 if field == "count" else channels
-        if value.dtype.kind not in "fiu" or value.size != size:
+        if value.dtype.kind not in "fiu" or value.size != size or value.ndim > (field != "count"):
             raise ValueError(
                 f"{name}.{field}: expected {size} number(s), got {value.dtype} of shape "
                 f"{value.shape}"
@@ -221,8 +221,9 @@ def normalize(
     if moments.count == 0:
         raise ValueError("moments: expected those of one value per channel at least, got count 0")
     given = moments.mean, moments.mean_low, moments.var
+    count = float(moments.count)
     y, cache = forward(x, given, gamma, beta, axis, eps, activation, residual, None, out)
-    cache.fixed, cache.count = False, moments.count
+    cache.fixed, cache.count = False, count
     return y, cache
 
 
@@ -261,6 +262,7 @@ def batch_norm_backward_reduce(dy, cache):
     cdef Cache c = checked_cache(cache, True)
     cdef cnp.ndarray x = c.x, memory = take_dy(c, x, dy), sums = np.zeros((2, c.channels))
     cdef Job job
+    checked_cache(c)  # once more: to make an array of dy may have run anything
     if cnp.PyArray_SIZE(memory):
         job.dy = cnp.PyArray_DATA(memory)
         job.residual = job.dresidual = NULL

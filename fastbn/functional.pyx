@@ -271,7 +271,7 @@ cdef bint take_signs(Cache cache, cnp.ndarray result) except -1:
     cdef cnp.npy_intp words
     cdef size_t line = LANES * cnp.PyArray_ITEMSIZE(result)
     cache.first_bit = (<uintptr_t>cnp.PyArray_DATA(result)) % line // cnp.PyArray_ITEMSIZE(result)
-    words = (cache.first_bit + cnp.PyArray_SIZE(result)) // LANES + 2
+    words = (cache.first_bit + cnp.PyArray_SIZE(result)) // LANES + 3  # reading a pack touches two more
     cache.signs = cnp.PyArray_ZEROS(1, &words, cnp.NPY_UINT16, 0)
     return True
 
@@ -670,9 +670,7 @@ cdef cnp.ndarray take_dy(Cache cache, cnp.ndarray x, object dy):
     """Return dy where it counts, in memory as x is."""
     if cache.valid is not None:
         dy = cache.valid.take(check_like(dy, "dy", whole(cache)))
-    dy = like_x(dy, "dy", x)
-    checked_cache(cache)  # once more: to make an array of dy may have run anything
-    return dy
+    return like_x(dy, "dy", x)
 
 
 cdef object backward(
@@ -688,12 +686,7 @@ cdef object backward(
             f"cache: expected statistics of the {c.outer * c.inner} values per channel of x alone, "
             f"got those of {c.count:.0f}; use batch_norm_backward_reduce and _apply"
         )
-    if out is not None:
-        check_out(out, whole(c), "x")
     memory = take_dy(c, x, dy)
-    result = target(out if c.valid is None else None, x, memory)
-    if c.residual:
-        dresidual = fresh_like(x, beside=result)
     sums = <double*>malloc((2 * c.groups * c.channels + 1) * sizeof(double))
     if sums == NULL:
         raise MemoryError(f"fastbn: no memory for the gradients of {c.channels} channels")
@@ -702,6 +695,12 @@ cdef object backward(
         if operation == APPLY:
             take_values(dgamma, "dgamma", c.channels, job.dgamma, FLOAT64)
             take_values(dbeta, "dbeta", c.channels, job.dbeta, FLOAT64)
+        checked_cache(c)  # once more: to make arrays of arguments may have run anything
+        if out is not None:
+            check_out(out, whole(c), "x")
+        result = target(out if c.valid is None else None, x, memory)
+        if c.residual:
+            dresidual = fresh_like(x, beside=result)
         if cnp.PyArray_SIZE(memory):
             job.dy = cnp.PyArray_DATA(memory)
             job.dresidual = NULL if dresidual is None else cnp.PyArray_DATA(dresidual)

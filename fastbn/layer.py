@@ -513,8 +513,9 @@ class InstanceNorm(Norm):
     def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
         count = cache.moments.count / len(cache.mean)  # of each example and channel
         unbiased = cache.var.mean(axis=0) * (count / (count - 1))
-        mean[...] = (1 - weight) * mean + weight * cache.mean.mean(axis=0)
+        moved = (1 - weight) * mean + weight * cache.mean.mean(axis=0)
         var[...] = (1 - weight) * var + weight * unbiased
+        mean[...] = moved
 
 
 def update_statistics(
@@ -565,16 +566,21 @@ def update_statistics(
         for layer in layers:
             batch = layer(batch) if callable(layer) else layer.forward(batch)
 
+    keeping = [n for n in layers if isinstance(n, Norm)]  # instance norms must not move either
     modes = [norm.training for norm in norms]
     try:
+        for norm in keeping:
+            norm._seen = []
         for norm in norms:
-            norm.train()._seen = []
+            norm.train()
         for batch in batches:
             (forward or one_after_the_other)(batch)
         seen = [norm._seen or [] for norm in norms]
     finally:
         for norm, mode in zip(norms, modes, strict=True):
-            norm.train(mode)._seen = None
+            norm.train(mode)
+        for norm in keeping:
+            norm._seen = None
     if not all(seen):
         raise ValueError(
             "batches: expected one or more that go through every BatchNorm in layers, "

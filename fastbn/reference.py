@@ -209,7 +209,8 @@ def batch_norm_backward_apply(
     da, z_hat, rstd = _backward_terms(dy, cache)
 
     # dx = gamma_c * rstd_c * (dy - dbeta_c / M - z_hat * dgamma_c / M)
-    dx = gamma * rstd * (da - dbeta / count - z_hat * dgamma / count) * cache.valid
+    dx = gamma * rstd * (da - dbeta / count - z_hat * dgamma / count)
+    dx = np.where(cache.valid, dx, 0)
 
     dx = _rounded(dx, x.dtype, out)
     return (dx, _rounded(da, x.dtype, None)) if cache.residual else dx
@@ -219,7 +220,7 @@ def _backward_terms(dy: ArrayLike, cache: Cache) -> tuple[Array, Array, Array]:
     """Return da = dy * act'(a), which has the place of dy without an activation; z_hat; rstd."""
     mean = _per_channel(cache.mean, cache.x, cache.axis)
     rstd = 1 / np.sqrt(_per_channel(cache.var, cache.x, cache.axis) + cache.eps)
-    z_hat = (cache.x.astype(np.float64) - mean) * rstd
+    z_hat = np.where(cache.valid, (cache.x.astype(np.float64) - mean) * rstd, 0)
     da = np.where(cache.slope * cache.valid, np.asarray(dy).astype(np.float64), 0) * cache.slope
     return da, z_hat, rstd
 

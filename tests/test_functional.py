@@ -436,3 +436,31 @@ def test_x_may_be_overwritten_by_a_call_that_dy_makes(rng):
 
     with pytest.raises(ValueError, match="cache: x is needed for the gradients"):
         fastbn.batch_norm_backward(Meddling(), cache)
+
+
+class Running:
+    """An array_like that runs something when an array is made of it."""
+
+    def __init__(self, action, array):
+        self.action, self.array = action, array
+
+    def __array__(self, dtype=None, copy=None):
+        self.action()
+        return self.array
+
+
+def test_out_may_be_changed_by_a_call_that_dy_makes(rng):
+    x, dy = rng.standard_normal((2, 8, 16))
+    _, cache = fastbn.batch_norm(x)
+    out = np.zeros((8, 16))
+    shrinking = Running(lambda: out.resize((1, 16), refcheck=False), dy)
+    with pytest.raises(ValueError, match=re.escape("out: expected shape (8, 16)")):
+        fastbn.batch_norm_backward(shrinking, cache, out=out)
+    fixed = np.zeros((8, 16))
+    freezing = Running(lambda: fixed.setflags(write=False), dy)
+    with pytest.raises(ValueError, match="out: expected a writeable array, got a read-only one"):
+        fastbn.batch_norm_backward(freezing, cache, out=fixed)
+    np.testing.assert_array_equal(fixed, 0)
+    overwriting = Running(lambda: fastbn.batch_norm_backward(dy, cache, out=x), np.ones(16))
+    with pytest.raises(ValueError, match="cache: x is needed for the gradients"):
+        fastbn.batch_norm_backward_apply(dy, cache, overwriting, np.ones(16))

@@ -217,6 +217,7 @@ X = np.arange(12.0).reshape(4, 3)
     [
         ({"activation": "gelu"}, ValueError,
          "activation: expected None, 'relu' or 'leaky_relu', got 'gelu'"),
+        ({"activation": np.array(["relu", "x"])}, ValueError, "activation: expected None, 'relu'"),
         ({"activation": 1}, ValueError, "activation: expected None, 'relu' or 'leaky_relu', got 1"),
         ({"residual": X.T}, ValueError, "residual: expected shape (4, 3), as x has, got (3, 4)"),
         ({"residual": 1.0}, ValueError, "residual: expected shape (4, 3), as x has, got ()"),

@@ -134,7 +134,7 @@ def test_threads_and_variants_change_no_bit(shape, last, size, activation, dtype
 def test_moments_of_all_groups_together_are_those_of_the_minibatch(rng):
     x = (1e6 + rng.standard_normal((10, 3, 5, 5))).astype(np.float64)
     whole = fastbn.batch_moments(x)
-    for size in (1, 3, 100):
+    for size in (1, 3, 2**70):
         _, cache = fastbn.batch_norm(x, virtual_batch_size=size)
         assert cache.mean.shape == cache.var.shape == (-(-10 // size), 3)
         mean, var, count = cache.moments

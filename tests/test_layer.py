@@ -448,6 +448,25 @@ def test_exact_statistics_are_those_of_all_batches(rng):
     assert not second.training
 
 
+def test_what_cannot_be_tracked_changes_nothing(rng):
+    x = rng.standard_normal((4, 3, 5))
+    for norm in (BatchNorm(3), InstanceNorm(3, track_running_stats=True)):
+        norm.running_var = np.ones(4)
+        with pytest.raises(ValueError, match="4"):
+            norm(x)
+        assert norm.num_batches_tracked == 0
+        np.testing.assert_array_equal(norm.running_mean, 0)
+        with pytest.raises(RuntimeError, match="no forward pass"):
+            norm.backward(x)
+
+
+def test_instance_norms_do_not_move_while_statistics_are_updated(rng):
+    bn, norm = BatchNorm(3), InstanceNorm(3, track_running_stats=True)
+    fastbn.update_statistics([bn, norm], [rng.standard_normal((4, 3, 5))])
+    assert (bn.num_batches_tracked, norm.num_batches_tracked) == (1, 0)
+    np.testing.assert_array_equal(norm.running_mean, 0)
+
+
 def test_statistics_that_cannot_be_updated_are_left(rng):
     first, linear, second = layers = network(rng)
     first(rng.standard_normal((5, 3)))

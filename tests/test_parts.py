@@ -185,6 +185,8 @@ def test_bad_moments_are_named(arguments, error, message):
         (fastbn.batch_moments(X[:0]), ValueError,
          "moments: expected those of one value per channel at least, got count 0"),
         (fastbn.batch_moments(X.T), ValueError, "mean: expected 3 value(s), one per channel"),
+        (THREE._replace(count=np.array([4])), ValueError,
+         "moments.count: expected 1 number(s), got int64 of shape (1,)"),
     ],
 )  # fmt: skip
 def test_normalize_names_what_does_not_fit_and_writes_nothing(moments, error, message):
