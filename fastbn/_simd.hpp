@@ -16,6 +16,9 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__) || defined(_M_X64)
 #include <immintrin.h>
 #elif defined(__aarch64__) || defined(_M_ARM64)
@@ -610,7 +613,7 @@ INLINE Pack<double> add_exact_product(Pack<double> sum, Pack<double> a, Pack<dou
 template <class P> INLINE P where_less(P a, P b, P yes, P no) { return choose_less(a, b, yes, no); }
 
 // Bits of values, 16 in a word: whether what went into the activation was above 0. Words must be
-// zero at first, and there is one more behind the last: units of work may share a word.
+// zero at first, and there are two more behind the last: units of work may share a word.
 INLINE void set_bits(std::uint16_t* word, std::uint32_t bits) {
 #if defined(_MSC_VER)
     if (bits) _InterlockedOr16((short*)word, (short)bits);
