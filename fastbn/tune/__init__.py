@@ -1,5 +1,7 @@
 """The tuning process: a search for hyper-parameters, random on the right scales, coarse to fine.
 
+For example::
+
     from fastbn.tune import log_uniform, one_minus_log_uniform, search
 
     def objective(params):
