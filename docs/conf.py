@@ -24,7 +24,12 @@ toc_object_entries_show_parents = "hide"
 templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-doctest_global_setup = "import numpy as np\nimport fastbn\nfrom fastbn.optim import *"
+doctest_global_setup = """
+import numpy as np
+import fastbn
+from fastbn.optim import *
+from fastbn.tune import *
+"""
 
 html_theme = "pydata_sphinx_theme"
 html_title = "fastbn"
