@@ -1,8 +1,9 @@
 """Memory of large results, used again instead of given back to the operating system.
 
-malloc returns a block of more than some 32 MB at once, and each page of the next one costs a fault
-when it is first written: more than normalising it. So a large result lies in a `_Block`, the base
-of the array; when the last array or view on it dies, the memory waits here for the next result.
+malloc returns a block of more than some 32 MB at once, and smaller ones when several die together;
+each page of the next one costs a fault when it is first written: more than normalising it. So a
+large result lies in a `_Block`, the base of the array; when the last array or view on it dies, the
+memory waits here for the next result.
 """
 
 from operator import index
@@ -66,7 +67,7 @@ def empty_like(array: NDArray[Any], offset: int = 0) -> NDArray[Any]:
 def set_recycling(max_bytes: int) -> int:
     """Set how much memory of dead results is kept for new ones.
 
-    Results of more than 32 MB are placed into memory that earlier ones have left, which saves the
+    Results of more than 2 MB are placed into memory that earlier ones have left, which saves the
     page faults of fresh memory. What is kept beyond the limit is given back at once.
 
     Parameters

@@ -16,15 +16,18 @@ ahead only along straight lines. Results larger than the cache are written past 
 
 The statistics. Values are cut into blocks; block boundaries depend on the shape alone. In a block
 each lane sums x and x*x in float64, where the product of two floats is exact. Where the mean is so
-large that sum(x*x) - sum(x)^2 / n cancels, the block is summed again, of d = x - k with k its mean.
-(float64 values are summed so from the start, with k the block's first value.) Blocks are merged in
-order with Chan's formula [1]_, as distances from the channel's first value (its origin), which
-keeps what the mean itself would round away. The mean comes out as two doubles, mean + mean_low.
+large that sum(x*x) - sum(x)^2 / n cancels, the block is summed again, of d = x - k with k its mean,
+rounded to the type of x, so that d*d is exact as well. (float64 values are summed so from the
+start, with k the block's first value.) Blocks are merged in order with Chan's formula [1]_, as
+distances from the channel's first value (its origin), which keeps what the mean itself would round
+away. The mean comes out as two doubles, mean + mean_low.
 
 The elements. y = (x - center) * scale + shift in the precision of x (float for 16-bit types), where
 center is the mean rounded to that precision and shift carries the rest of it; dx = ((g - level) -
 ((x - center) * slope + residue)) * scale likewise. Three and six operations an element, none of
-them a division.
+them a division. g is dy, or with an activation the gradient of what went into it: forward leaves a
+bit for each value, its sign there, and backward goes by that. Whether anything is fused is a flag
+that the compiler knows.
 
 The threads. The work is cut into units, which the pool hands out: whole tiles where there are
 enough of them, otherwise blocks to sum first, then pieces to write.
