@@ -116,6 +116,7 @@ ctypedef fused real:
 
 cdef enum:
     LANES = 16
+    LINE = 64                # bytes in a line of the cache
     BLOCK = 4096             # values of one channel in a block of runs
     BLOCK_OF_ROWS = 65536    # values in a block of rows, about,
     LEAST_ROWS = 128         # but at least so many rows
@@ -180,6 +181,7 @@ cdef struct Work:
     Py_ssize_t count       # full rows
     Py_ssize_t tail        # values of the shorter row behind them, if any
     Py_ssize_t block_rows
+    Py_ssize_t side        # of these are summed side by side
     Py_ssize_t padded      # width in full packs: the length of an array of lane sums
     Py_ssize_t wrapped     # padded and a pack more: the row of the table of lanes begins again
     void* lanes            # coefficients of each lane
@@ -218,7 +220,10 @@ cdef inline void sum_packs(
             g = d
         elif fused:
             signs = get_bits(job.signs, bit + i * stride)
-            g = wide(dy, leak(dy, signs, load(dy + i * stride, lanes), job.slope))
+            if shifted:
+                g = leak(<const double*>NULL, signs, load_wide(dy + i * stride, lanes), job.slope)
+            else:  # slope is 0
+                g = wide(dy, leak(dy, signs, load(dy + i * stride, lanes), 0))
         else:
             g = load_wide(dy + i * stride, lanes)
         sum_a = sum_a + g
@@ -247,7 +252,7 @@ cdef inline void add_packs(
             sum_packs(job, x, dy, count, stride, lanes, k, True, True, False, a, b)
         else:
             sum_packs(job, x, dy, count, stride, lanes, k, True, False, False, a, b)
-    elif shifted or real is double:
+    elif shifted or real is double or job.slope != 0:  # whose products with dy are not exact
         sum_packs(job, x, dy, count, stride, lanes, k, True, True, True, a, b)
     else:
         sum_packs(job, x, dy, count, stride, lanes, k, True, False, True, a, b)

@@ -703,9 +703,9 @@ template <class T> INLINE const T* at(const T* p, std::ptrdiff_t i) { return p ?
 template <class T> INLINE double value_of(const T* p) {
     if constexpr (sizeof(T) == 2) return widened(*p); else return *p;
 }
-// As `leak`, of one value.
+// As `leak` in double, of one value.
 template <class T> INLINE double leak_one(const T* p, unsigned sign, double slope) {
-    return sign ? value_of(p) : slope == 0 ? 0 : (Element<T>)value_of(p) * (Element<T>)slope;
+    return sign ? value_of(p) : slope == 0 ? 0 : value_of(p) * slope;
 }
 
 }  // namespace

@@ -610,8 +610,7 @@ def batch_norm_backward(dy, cache, *, out=None):
     Notes
     -----
     In float32 errors are at most 2 eps of the largest value of the result; for dx, where it is the
-    small difference of large terms (dy almost a multiple of z_hat, or M = 2), 2 eps of those. Behind
-    leaky_relu, 0.01 dy is rounded to dy's type first, so the same holds for dgamma and dbeta.
+    small difference of large terms (dy almost a multiple of z_hat, or M = 2), 2 eps of those.
 
     Examples
     --------

@@ -78,6 +78,22 @@ def test_error_is_at_most_two_eps(variant, rng, layout, mean, std):
     assert_agrees(x, gamma, beta, addend, dy, axis, "relu")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_that_cancel_behind_leaky_relu_keep_their_digits(variant, rng, layout):
+    shape, axis = LAYOUTS[layout]
+    x, gamma, beta, _, noise = arrays(rng, shape, axis, np.float32)
+    beta -= 100  # all values are below 0: the gradient there is 0.01 dy, which hardly varies
+    dy = (1 + noise / 1024).astype(np.float32)
+    _, cache = fastbn.batch_norm(x, gamma, beta, axis=axis, activation="leaky_relu")
+    _, exact = reference.batch_norm(
+        *(a.astype(np.float64) for a in (x, gamma, beta)), axis=axis, activation="leaky_relu"
+    )
+    _, dgamma, dbeta = fastbn.batch_norm_backward(dy, cache)
+    _, dgamma_exact, dbeta_exact = reference.batch_norm_backward(dy.astype(np.float64), exact)
+    assert_close(dgamma, dgamma_exact)
+    assert_close(dbeta, dbeta_exact)
+
+
 @pytest.mark.parametrize(("activation", "residual"), FUSIONS)
 @pytest.mark.parametrize(("shape", "axis"), [((5, 3), 1), ((3, 2, 4, 4), 1), ((2, 8, 8, 3), -1)])
 def test_gradients_agree_with_finite_differences(rng, shape, axis, activation, residual):
