@@ -1,9 +1,15 @@
+import signal
+
 import numpy as np
 import pytest
 from support import BFLOAT16, KERNELS
 
 import fastbn
 from fastbn import _dispatch, functional
+
+# A job in the background of a shell may ignore it, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
