@@ -26,10 +26,13 @@ class Valid:
     """
 
     def __init__(self, mask: ArrayLike, x: Array, axis: int) -> None:
-        mask = np.array(mask)  # a copy: the backward pass goes by it
-        expected = tuple(n for i, n in enumerate(x.shape) if i != axis % x.ndim)
+        try:
+            mask = np.array(mask)  # a copy: the backward pass goes by it
+        except ValueError as error:  # nested lists of unequal lengths
+            raise ValueError(f"mask: expected an array_like of bool, got {error}") from None
         if mask.dtype != bool:
             raise TypeError(f"mask: expected bool, got {mask.dtype}")
+        expected = tuple(n for i, n in enumerate(x.shape) if i != axis % x.ndim)
         if mask.shape != expected:
             raise ValueError(
                 f"mask: expected shape {expected}, x's without axis {axis}, got {mask.shape}"

@@ -40,7 +40,10 @@ class Norm(ABC):
         self.momentum = None if momentum is None else as_number("momentum", momentum)
         if self.momentum is not None and not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum: expected None or a number from 0 to 1, got {momentum}")
-        self.dtype = np.dtype(dtype)
+        try:
+            self.dtype = np.dtype("no dtype" if dtype is None else dtype)
+        except TypeError:
+            raise TypeError(f"dtype: expected float32 or float64, got {dtype!r}") from None
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
         if not isinstance(activation, str | None) or activation not in (None, "relu", "leaky_relu"):
@@ -98,6 +101,14 @@ class Norm(ABC):
         return self.train(False)
 
     @abstractmethod
+    def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
+        """Normalise x."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """Return ``forward(...)``, also where a subclass has a forward of its own."""
+        return self.forward(*args, **kwargs)
+
+    @abstractmethod
     def _by_minibatch(
         self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
     ) -> tuple[Array, Cache]:
@@ -111,10 +122,7 @@ class Norm(ABC):
         self, x: ArrayLike, residual: ArrayLike | None, mask: ArrayLike | None = None
     ) -> Array:
         if not isinstance(x, np.ndarray):
-            try:
-                x = np.asarray(x)
-            except ValueError as error:
-                raise ValueError(f"x: expected an array_like of numbers, got {error}") from None
+            x = as_array("x", x)
         if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
             raise ValueError(
                 f"x: expected {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
@@ -212,7 +220,8 @@ class Norm(ABC):
         Raises
         ------
         TypeError, ValueError
-            If an entry is missing, unknown, of the wrong shape or no number; nothing is changed.
+            If an entry is missing, unknown, of the wrong shape or no number, or an array of this
+            layer has been replaced by one that cannot take it; nothing is changed.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
@@ -229,6 +238,13 @@ class Norm(ABC):
             name: np.array(as_values(name, state[name], self.num_features), target.dtype)
             for name, target in targets.items()
         }
+        for name, target in targets.items():
+            if target.shape != (self.num_features,) or not target.flags.writeable:
+                what = f"shape {target.shape}" if target.flags.writeable else "a read-only one"
+                raise ValueError(
+                    f"{name}: expected the layer to have a writeable array of shape "
+                    f"({self.num_features},), got {what}"
+                )
         if "running_var" in checked and (checked["running_var"] < 0).any():
             raise ValueError(
                 f"running_var: expected values >= 0, got {checked['running_var'].min()}"
@@ -282,8 +298,10 @@ def as_number(name: str, value: Any) -> float:
         raise TypeError(f"{name}: expected a number, got str")
     try:
         return float(value)
-    except (TypeError, OverflowError):
+    except TypeError:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number, got one beyond float64") from None
 
 
 def as_eps(name: str, value: Any) -> float:
@@ -293,9 +311,16 @@ def as_eps(name: str, value: Any) -> float:
     return number
 
 
+def as_array(name: str, value: ArrayLike) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # nested lists of unequal lengths
+        raise ValueError(f"{name}: expected an array_like of numbers, got {error}") from None
+
+
 def as_values(name: str, value: ArrayLike, count: int) -> Array:
     """Return value as an array of `count` floats, checked."""
-    array = np.asarray(value)
+    array = as_array(name, value)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
     if array.shape != (count,):

@@ -72,7 +72,7 @@ def batch_moments(x, *, axis=1):
 
 
 def merge_moments(*moments):
-    """Return the moments of all values together, exactly.
+    """Return the moments of all values together.
 
     By Chan's formula [1]_, with N the sum of the counts n_i::
 
@@ -185,7 +185,7 @@ def normalize(
     """Normalise a part of a minibatch by the moments of all of it.
 
     ``batch_norm(x)`` in parts: `batch_moments` of each, `merge_moments` of all, then this for each
-    part; y has the values that `batch_norm` would give to the whole. To go back, each part calls
+    part; y is what `batch_norm` would give to the whole, within the same errors. To go back, each part calls
     `batch_norm_backward_reduce`, the results are added up, and `batch_norm_backward_apply` gives
     each part its dx.
 

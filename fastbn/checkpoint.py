@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -125,12 +125,17 @@ def load(path: str | os.PathLike[str], objects: Mapping[str, Stateful]) -> None:
         )
     with ExitStack() as undo:
         for name, state in states.items():
-            undo.callback(objects[name].load_state_dict, before[name])
+            undo.callback(_take_back, objects[name], before[name])
             try:
                 objects[name].load_state_dict(state)
             except Exception as error:
                 raise ValueError(f"{path}: {name}: {error}") from error
         undo.pop_all()
+
+
+def _take_back(each: Stateful, state: Mapping[str, Any]) -> None:
+    with suppress(Exception):  # what an object can take no state at all for was said before
+        each.load_state_dict(state)
 
 
 def _path(path: str | os.PathLike[str]) -> Path:

@@ -428,8 +428,9 @@ def batch_norm(
     Notes
     -----
     In float32 errors are at most 2 eps of the largest value of the result (of what is added up for
-    it, where there is a residual). The bits are the same on every CPU. With M = 1, y is beta. A NaN
-    or an infinity makes its own channel NaN, and no other; mean or var is then not finite.
+    it, where there is a residual or an activation, which may leave only small ones). The bits are
+    the same on every CPU. With M = 1, y is beta. A NaN or an infinity makes its own channel NaN,
+    and no other; mean or var is then not finite.
 
     References
     ----------

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import functional
-from fastbn._norm import Array, Norm, as_eps, as_integer, as_number, as_values
+from fastbn._norm import Array, Norm, as_array, as_eps, as_integer, as_number, as_values
 from fastbn.functional import merge_moments
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ class BatchNorm(Norm):
         """
         return self._forward(x, residual, mask)
 
-    __call__ = forward
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _by_minibatch(
         self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
@@ -152,7 +153,9 @@ class BatchNorm(Norm):
         size = self.virtual_batch_size if self.training else None
         count, why = x.size // self.num_features, ""
         if mask is not None:
-            count = min(count, int(np.count_nonzero(mask)))
+            mask = as_array("mask", mask)
+            if mask.dtype == bool:  # others will be refused
+                count = min(count, int(np.count_nonzero(mask)))
             why = f", of which mask leaves {count}"
         elif size is not None and x.ndim > 1:
             examples = x.shape[-1 if self.axis in (0, -x.ndim) else 0]
@@ -231,7 +234,7 @@ class BatchNorm(Norm):
                 "fold_into: expected running statistics, "
                 "this layer was made with track_running_stats=False"
             )
-        w = np.asarray(weight)
+        w = as_array("weight", weight)
         if w.dtype.kind != "f" or w.dtype.itemsize > 8:
             raise TypeError(f"weight: expected float16, float32 or float64, got {w.dtype}")
         axis = as_integer("axis", axis)
@@ -240,7 +243,7 @@ class BatchNorm(Norm):
                 f"weight: expected {self.num_features} output channels on axis {axis}, "
                 f"got shape {w.shape}"
             )
-        b = np.zeros(self.num_features) if bias is None else np.asarray(bias)
+        b = np.zeros(self.num_features) if bias is None else as_array("bias", bias)
         if b.size != self.num_features:
             raise ValueError(f"bias: expected {self.num_features} values, got shape {b.shape}")
         flat = as_values("bias", b.ravel(), self.num_features)
@@ -486,7 +489,8 @@ class InstanceNorm(Norm):
         """
         return self._forward(x, residual)
 
-    __call__ = forward
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _by_minibatch(
         self,
@@ -527,7 +531,8 @@ def update_statistics(
 
     Each minibatch goes through the network in training mode, normalised by itself; means and
     variances of what the batch norms saw are pooled exactly (`merge_moments`), instead of fading
-    away as new minibatches come.
+    away as new minibatches come. Nothing else changes: modes, other running statistics, and what
+    `backward` would go back through are afterwards what they were.
 
     Parameters
     ----------
@@ -541,8 +546,9 @@ def update_statistics(
     Raises
     ------
     TypeError, ValueError
-        If no layer is a `BatchNorm` with running statistics, there are no batches, or the network
-        leaves one of them out. Nothing is changed then, nor if `forward` fails.
+        If an argument is no sequence, no layer is a `BatchNorm` with running statistics, there are
+        no batches, or the network leaves one of them out. Nothing is changed then, nor if `forward`
+        fails.
 
     References
     ----------
@@ -557,6 +563,10 @@ def update_statistics(
     >>> bn.running_mean, bn.running_var
     (array([4.]), array([6.66666667]))
     """
+    given: dict[str, Any] = {"layers": layers, "batches": batches}
+    for name, value in given.items():
+        if not isinstance(value, Iterable):
+            raise TypeError(f"{name}: expected a sequence, got {type(value).__name__}")
     layers = list(layers)
     norms = [n for n in layers if isinstance(n, BatchNorm) and n.track_running_stats]
     if not norms:
@@ -566,21 +576,19 @@ def update_statistics(
         for layer in layers:
             batch = layer(batch) if callable(layer) else layer.forward(batch)
 
-    keeping = [n for n in layers if isinstance(n, Norm)]  # instance norms must not move either
-    modes = [norm.training for norm in norms]
+    keeping = [n for n in layers if isinstance(n, Norm)]  # no other norm must move either
+    before = [(norm.training, norm._cache) for norm in keeping]
     try:
         for norm in keeping:
             norm._seen = []
-        for norm in norms:
             norm.train()
         for batch in batches:
             (forward or one_after_the_other)(batch)
         seen = [norm._seen or [] for norm in norms]
     finally:
-        for norm, mode in zip(norms, modes, strict=True):
+        for norm, (mode, cache) in zip(keeping, before, strict=True):
+            norm._seen, norm._cache = None, cache
             norm.train(mode)
-        for norm in keeping:
-            norm._seen = None
     if not all(seen):
         raise ValueError(
             "batches: expected one or more that go through every BatchNorm in layers, "

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from itertools import combinations
-from math import cos, inf, isfinite, pi, sqrt
+from math import cos, isfinite, pi, sqrt
+from sys import float_info
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -28,7 +29,7 @@ Decays = Callable[[str, Array], bool]
 Order = Literal["C", "F"]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-_FINITE = ("a finite number >= 0", float, lambda x: 0 <= x < inf)
+_FINITE = ("a finite number >= 0", float, lambda x: 0 <= x <= float_info.max)
 _SHARE = ("a number >= 0 and < 1", float, lambda x: 0 <= x < 1)
 
 # What values have to be, by name: in words, as a type, as a test. All others are _FINITE.
@@ -37,7 +38,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], bool]]] = {
     **dict.fromkeys(("momentum", "alpha"), _SHARE),
     "betas": ("two numbers >= 0 and < 1", tuple, lambda x: len(x) == 2 and _shares(x)),
     "nesterov": ("True or False", bool, lambda _: True),
-    "max_norm": ("a finite number > 0", float, lambda x: 0 < x < inf),
+    "max_norm": ("a finite number > 0", float, lambda x: 0 < x <= float_info.max),
     **dict.fromkeys(("every", "epochs"), ("an integer >= 1", int, lambda x: x >= 1)),
 }
 
@@ -120,9 +121,12 @@ class Optimizer(ABC):
             for at, layer in enumerate(self._layers)
             for name in layer.params
         ]
-        for q, r in combinations(self._parameters, 2):
-            if np.shares_memory(q.layer.params[q.name], r.layer.params[r.name]):
-                raise ValueError(f"{r.where}: expected memory of its own, got that of {q.where}")
+        arrays = [(q.where, q.layer.params[q.name]) for q in self._parameters]
+        grads = [(q.where_grad, q.layer.grads.get(q.name)) for q in self._parameters]
+        arrays += [(where, g) for where, g in grads if isinstance(g, np.ndarray)]
+        for (first, a), (second, b) in combinations(arrays, 2):
+            if np.shares_memory(a, b):
+                raise ValueError(f"{second}: expected memory of its own, got that of {first}")
         self._state = {key: array for q in self._parameters for key, array in q.state.items()}
         self.stepping: tuple[Layer, ...] = ()
         self._attached = False
@@ -227,6 +231,10 @@ class Optimizer(ABC):
             raise ValueError(f"state: expected other keys, missing: {missing}, unknown: {unknown}")
         numbers = {name: _checked(name, state[name]) for name in names}
         arrays = [(a, _array(k, state[k], [a.dtype], a.shape)) for k, a in self._state.items()]
+        for q in self._parameters:
+            key = next(iter(q.state))
+            if state[key] >= 2**63:
+                raise ValueError(f"{key}: expected a number of updates, got {state[key]}")
         vars(self).update(numbers)
         for array, values in arrays:
             array[...] = values
@@ -422,13 +430,13 @@ def inverse_time_decay(lr: float, epoch: float, decay: float = 1.0) -> float:
 
 def exponential_decay(lr: float, epoch: float, rate: float = 0.95) -> float:
     """Return ``lr * rate**epoch``."""
-    return float(_checked("lr", lr) * _checked("rate", rate) ** _checked("epoch", epoch))
+    return _grown(_checked("lr", lr), "rate", rate, _checked("epoch", epoch))
 
 
 def staircase_decay(lr: float, epoch: float, factor: float = 0.5, every: int = 10) -> float:
     """Return ``lr * factor**(epoch // every)``: one step down every `every` epochs."""
     drops = _checked("epoch", epoch) // _checked("every", every)
-    return float(_checked("lr", lr) * _checked("factor", factor) ** drops)
+    return _grown(_checked("lr", lr), "factor", factor, drops)
 
 
 def cosine_decay(lr: float, epoch: float, epochs: int, lr_min: float = 0.0) -> float:
@@ -440,6 +448,15 @@ def cosine_decay(lr: float, epoch: float, epochs: int, lr_min: float = 0.0) -> f
     lr, lr_min = _checked("lr", lr), _checked("lr_min", lr_min)
     part = min(_checked("epoch", epoch) / _checked("epochs", epochs), 1.0)
     return lr_min + (lr - lr_min) * (1 + cos(pi * part)) / 2
+
+
+def _grown(lr: float, name: str, factor: float, times: float) -> float:
+    try:
+        return float(lr * _checked(name, factor) ** times)
+    except OverflowError:
+        raise ValueError(
+            f"{name}: expected one whose power {times:g} float64 can hold, got {factor}"
+        ) from None
 
 
 def _layers(layers: Any) -> tuple[Layer, ...]:

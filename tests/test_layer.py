@@ -224,6 +224,9 @@ def test_a_bad_minibatch_is_refused_and_changes_nothing(x, error, message):
         ({"momentum": "a"}, TypeError, "momentum: expected a number, got str"),
         ({"dtype": np.float16}, TypeError, "dtype: expected float32 or float64, got float16"),
         ({"dtype": ">f4"}, TypeError, "dtype: expected float32 or float64, got >f4"),
+        ({"dtype": "x"}, TypeError, "dtype: expected float32 or float64, got 'x'"),
+        ({"dtype": None}, TypeError, "dtype: expected float32 or float64, got None"),
+        ({"momentum": 10**400}, ValueError, "momentum: expected a finite number, got one beyond"),
     ],
 )
 def test_bad_constructor_arguments_are_named(arguments, error, message):
@@ -261,6 +264,7 @@ def test_state_dict_goes_round(rng):
         ({"gamma": np.ones(3)}, ValueError, "missing: none, unknown: gamma"),
         ({"bias": np.ones(4)}, ValueError, "bias: expected shape (3,), got (4,)"),
         ({"bias": ["a", "b", "c"]}, TypeError, "bias: expected numbers, got dtype <U1"),
+        ({"bias": [[1], [1, 2]]}, ValueError, "bias: expected an array_like of numbers, got"),
         ({"running_var": np.ones((3, 1))}, ValueError, "running_var: expected shape (3,), got"),
         ({"running_var": [1, -1, 1]}, ValueError, "running_var: expected values >= 0, got -1"),
         (
@@ -284,6 +288,30 @@ def test_a_state_that_does_not_fit_is_refused_whole(rng, change, error, message)
     with pytest.raises(error, match=re.escape(message)):
         bn.load_state_dict(state)
     assert_unchanged(bn, before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "got"), [(lambda a: a[:, None], "shape (3, 1)"), (np.copy, "a read-only one")]
+)
+def test_a_layer_whose_arrays_cannot_take_a_state_is_left_whole(rng, spoil, got):
+    bn = trained(rng)
+    bn.params["beta"] = spoil(bn.beta)
+    bn.params["beta"].flags.writeable = bn.beta.ndim == 2
+    before = snapshot(bn)
+    state = {**trained(rng).state_dict(), "num_batches_tracked": 7}
+    message = f"bias: expected the layer to have a writeable array of shape (3,), got {got}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bn.load_state_dict(state)
+    assert_unchanged(bn, before)
+
+
+def test_a_forward_of_a_subclass_is_what_a_call_runs(rng):
+    class Doubled(BatchNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x = rng.standard_normal((5, 3))
+    np.testing.assert_array_equal(Doubled(3)(x), 2 * BatchNorm(3)(x))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
@@ -460,11 +488,37 @@ def test_what_cannot_be_tracked_changes_nothing(rng):
             norm.backward(x)
 
 
-def test_instance_norms_do_not_move_while_statistics_are_updated(rng):
-    bn, norm = BatchNorm(3), InstanceNorm(3, track_running_stats=True)
-    fastbn.update_statistics([bn, norm], [rng.standard_normal((4, 3, 5))])
-    assert (bn.num_batches_tracked, norm.num_batches_tracked) == (1, 0)
-    np.testing.assert_array_equal(norm.running_mean, 0)
+def test_statistics_are_those_of_training_whatever_the_mode(rng):
+    batches = 5 + 3 * rng.standard_normal((4, 8, 3, 10))
+    found = []
+    for training in (True, False):
+        norm, bn = InstanceNorm(3, track_running_stats=True), BatchNorm(3)
+        norm.train(training)
+        bn.train(training)
+        fastbn.update_statistics([norm, bn], batches)
+        assert (norm.training, bn.training) == (training, training)
+        assert (norm.num_batches_tracked, bn.num_batches_tracked) == (0, 4)
+        np.testing.assert_array_equal(norm.running_mean, 0)
+        found.append([bn.running_mean, bn.running_var])
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_backward_is_of_the_minibatch_before_statistics_were_updated(rng):
+    x, dy = rng.standard_normal((2, 5, 3))
+    bn = BatchNorm(3)
+
+    def forward(batch):
+        bn(batch)
+        if len(batch) == 5:
+            raise OSError("no more data")
+
+    bn(x)
+    wanted = bn.backward(dy)
+    fastbn.update_statistics([bn], [rng.standard_normal((8, 3))])
+    np.testing.assert_array_equal(bn.backward(dy), wanted)
+    with pytest.raises(OSError, match="no more data"):
+        fastbn.update_statistics([bn], [rng.standard_normal((5, 3))], forward)
+    np.testing.assert_array_equal(bn.backward(dy), wanted)
 
 
 def test_statistics_that_cannot_be_updated_are_left(rng):
@@ -485,6 +539,10 @@ def test_statistics_that_cannot_be_updated_are_left(rng):
          "got [0, 0] for the 2 of them"),
         (lambda: fastbn.update_statistics(layers, [batch], lambda x: first(x)), ValueError,
          "got [1, 0] for the 2 of them"),
+        (lambda: fastbn.update_statistics(first, [batch]), TypeError,
+         "layers: expected a sequence, got BatchNorm"),
+        (lambda: fastbn.update_statistics(layers, 3), TypeError,
+         "batches: expected a sequence, got int"),
         (lambda: fastbn.update_statistics(layers, failing()), OSError, "no more data"),
         (lambda: fastbn.update_statistics(layers, [batch[:, :2]]), ValueError, "x: expected 3"),
     ]  # fmt: skip
@@ -514,6 +572,14 @@ def test_statistics_that_cannot_be_updated_are_left(rng):
         (lambda: BatchNorm(3)(np.ones((9, 3)), mask=np.arange(9) == 1), ValueError,
          "x: expected more than one value per channel to take statistics of, got shape (9, 3), "
          "of which mask leaves 1"),
+        (lambda: BatchNorm(3)(np.ones((9, 3)), mask=np.zeros(9, int)), TypeError,
+         "mask: expected bool, got int64"),
+        (lambda: fastbn.batch_norm(np.ones((2, 3)), mask=[[True], [True, False]]), ValueError,
+         "mask: expected an array_like of bool, got setting an array element"),
+        (lambda: BatchNorm(3).fold_into([[1.0], [1.0, 2.0]]), ValueError,
+         "weight: expected an array_like of numbers, got"),
+        (lambda: BatchNorm(3).fold_into(np.ones((3, 2)), [[1.0], [1.0, 2.0]]), ValueError,
+         "bias: expected an array_like of numbers, got"),
         (lambda: BatchNorm(3)(np.ones((9, 3)), residual=np.ones(3)), ValueError,
          "residual: expected shape (9, 3), as x has, got (3,)"),
         (lambda: InstanceNorm(3)(np.ones((9, 3))), ValueError,

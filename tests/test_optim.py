@@ -675,6 +675,11 @@ BAD_STATES = [
     (put("betas", (0.9, 1.0)), ValueError, r"betas: expected two numbers >= 0 and < 1, got \(0"),
     (put("0.gamma.step", -1), TypeError, r"gamma\.step: expected ndarray of uint64, got int"),
     (put("0.gamma.step", np.array(-1)), TypeError, r"step: .* of uint64, got dtype int64"),
+    (
+        put("0.gamma.step", np.array(2**63, np.uint64)),
+        ValueError,
+        r"0\.gamma\.step: expected a number of updates, got 9223372036854775808",
+    ),
     (put("0.gamma.m", 1.0), TypeError, r"0\.gamma\.m: expected ndarray of float32, got float"),
     (
         put("0.gamma.m", np.zeros(7)),
@@ -810,6 +815,11 @@ shared = np.zeros((2, 3))
         ),
         ([twice, twice], ValueError, r"layers\[1\].* expected memory of its own, got that of"),
         (
+            SimpleNamespace(params={"W": shared}, grads={"W": shared}),
+            ValueError,
+            r"layers\[0\].grads\['W'\]: expected .* own, got that of layers\[0\].params\['W'\]",
+        ),
+        (
             [layer_of(W=shared), layer_of(b=shared.T[1])],
             ValueError,
             r"layers\[1\].params\['b'\]: expected .* own, got that of layers\[0\].params\['W'\]",
@@ -894,6 +904,8 @@ def test_numbers_may_be_of_numpy_and_are_checked_when_set():
     assert type(opt.lr) is float
     with pytest.raises(ValueError, match="lr: expected a finite number >= 0, got -2"):
         opt.lr = -2
+    with pytest.raises(ValueError, match=r"lr: expected a finite number >= 0, got 10{400}"):
+        opt.lr = 10**400
     with pytest.raises(ValueError, match="momentum: expected a number >= 0 and < 1, got 3"):
         opt.momentum = 3
     assert (opt.lr, opt.momentum) == (2.0, 0.5)
@@ -1042,6 +1054,12 @@ def test_decays_refuse_what_is_no_rate_or_epoch(decay):
         (lambda: optim.inverse_time_decay(0.1, 1, -1), ValueError, "decay: expected a finite"),
         (lambda: optim.exponential_decay(0.1, 1, -1), ValueError, "rate: expected a finite"),
         (lambda: optim.staircase_decay(0.1, 1, -1), ValueError, "factor: expected a finite"),
+        (
+            lambda: optim.exponential_decay(0.1, 1e5, 2.0),
+            ValueError,
+            "rate: expected one whose power 100000 float64 can hold, got 2.0",
+        ),
+        (lambda: optim.staircase_decay(0.1, 1e5, 1e99), ValueError, "factor: expected one whose"),
         (
             lambda: optim.staircase_decay(0.1, 1, every=0),
             ValueError,
