@@ -211,15 +211,12 @@ cdef cnp.ndarray like_x(object value, str name, cnp.ndarray x):
     return memory
 
 
-cdef bint check_out(object out, cnp.ndarray like, str name) except -1:
+cdef bint check_out(object out, cnp.ndarray x) except -1:
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out: expected an ndarray or None, got {type(out).__name__}")
-    if (
-        np.shape(out) != np.shape(like)
-        or cnp.PyArray_TYPE(out) != cnp.PyArray_TYPE(like)
-    ):
+    if np.shape(out) != np.shape(x) or cnp.PyArray_TYPE(out) != cnp.PyArray_TYPE(x):
         raise ValueError(
-            f"out: expected shape {np.shape(like)} and dtype {like.dtype}, as {name} has, "
+            f"out: expected shape {np.shape(x)} and dtype {x.dtype}, as x has, "
             f"got shape {out.shape} and dtype {out.dtype}"
         )
     if not cnp.PyArray_ISWRITEABLE(out):

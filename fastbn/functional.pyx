@@ -333,7 +333,7 @@ cdef tuple forward(
         cache.residual = True
         addend = like_x(residual, "residual", cache.x)
     if out is not None:
-        check_out(out, given, "x")
+        check_out(out, given)
     result = target(out, cache.x, addend)
     if cache.activated and keep:
         take_signs(cache, result)
@@ -361,7 +361,7 @@ cdef tuple masked_forward(
     if residual is not None:
         residual = valid.take(check_like(residual, "residual", given))
     if out is not None:
-        check_out(out, given, "x")
+        check_out(out, given)
     y, cache = forward(
         valid.take(given), statistics, gamma, beta, valid.axis, eps, activation, residual, None,
         None,
@@ -698,7 +698,7 @@ cdef object backward(
             take_values(dbeta, "dbeta", c.channels, job.dbeta, FLOAT64)
         checked_cache(c)  # once more: to make arrays of arguments may have run anything
         if out is not None:
-            check_out(out, whole(c), "x")
+            check_out(out, whole(c))
         result = target(out if c.valid is None else None, x, memory)
         if c.residual:
             dresidual = fresh_like(x, beside=result)
