@@ -31,10 +31,8 @@ def batch_moments(x, *, axis=1):
 
     Parameters
     ----------
-    x : array_like of float16, bfloat16, float32 or float64, 1 or more dimensions
-        As in `batch_norm`; may be empty.
-    axis : int
-        The channel axis.
+    x, axis
+        As in `batch_norm`; x may be empty.
 
     Returns
     -------

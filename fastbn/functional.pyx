@@ -532,18 +532,10 @@ def batch_norm_inference(
 
     Parameters
     ----------
-    x : array_like of float16, bfloat16, float32 or float64, 1 or more dimensions
-        As in `batch_norm`; may be empty.
+    x, gamma, beta, axis, eps, activation, residual
+        As in `batch_norm`; x may be empty.
     mean, var : array_like of C values
         The statistics of each channel, in any shape of that size; var is at least 0.
-    gamma, beta : array_like of C values, optional
-        Scale and shift of each channel. None stands for ones and zeros.
-    axis : int
-        The channel axis.
-    eps : float
-        Added to the variance; at least 0.
-    activation, residual
-        As in `batch_norm`.
     out : ndarray, optional
         Where y goes: of x's shape and dtype. It may be x itself, or overlap it.
 
@@ -554,10 +546,8 @@ def batch_norm_inference(
 
     Raises
     ------
-    TypeError
-        If an argument is not of a supported type or dtype.
-    ValueError
-        If a shape, `axis`, `eps` or a variance does not fit.
+    TypeError, ValueError
+        As `batch_norm`, or if a variance is below 0.
 
     Examples
     --------

@@ -417,10 +417,8 @@ class InstanceNorm(Norm):
 
     Parameters
     ----------
-    num_features, axis, eps, momentum, dtype, activation
+    num_features, axis, eps, momentum, affine, dtype, activation
         As in `BatchNorm`.
-    affine : bool
-        Whether the layer has gamma and beta.
     track_running_stats : bool
         Whether the layer keeps running statistics and uses them in evaluation: those of mean and
         (unbiased) var, averaged over the examples.
@@ -467,25 +465,8 @@ class InstanceNorm(Norm):
     def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
         """Normalise x, and in training update the running statistics, if there are any.
 
-        Parameters
-        ----------
-        x : array_like of float16, bfloat16, float32 or float64
-            With `num_features` channels on `axis`. It must not change before `backward`.
-        residual : array_like, optional
-            Of x's shape and dtype: what is added before the activation.
-
-        Returns
-        -------
-        ndarray
-            y, of x's shape and dtype.
-
-        Raises
-        ------
-        TypeError
-            If x or residual is of another type.
-        ValueError
-            If x has another number of channels, or an example one position or none to take
-            statistics of, or if residual is of another shape.
+        Parameters, result and errors are those of `BatchNorm.forward`, but for the mask; where
+        statistics are taken, it is an example that needs more than one position.
         """
         return self._forward(x, residual)
 
