@@ -30,7 +30,7 @@ cdef inline Block block_of_runs(Job* job, Py_ssize_t b) noexcept nogil:
     return block
 
 
-cdef Py_ssize_t tile_channels(Work* w, Py_ssize_t itemsize) noexcept nogil:
+cdef Py_ssize_t tile_channels(Work* w) noexcept nogil:
     """Return how many channels are summed and written before the next.
 
     Each example adds a segment of memory to the tile. Long ones spare the hardware the search for
@@ -38,13 +38,11 @@ cdef Py_ssize_t tile_channels(Work* w, Py_ssize_t itemsize) noexcept nogil:
     for all threads. Where a residual is read between them, the search is for two.
     """
     cdef Py_ssize_t twice = 1 if w.job.residual == NULL else 2
-    cdef Py_ssize_t least = SEGMENT // 16
+    cdef Py_ssize_t least = SEGMENT // 16, run = w.job.inner * w.job.itemsize
     cdef Py_ssize_t segment = twice * min(SEGMENT, TILE // w.job.outer)
     if w.threads > 1:
-        segment = min(
-            segment, parts(w.job.channels, 4 * w.threads) * w.job.inner * itemsize
-        )
-    return max(1, max(segment, least) // (w.job.inner * itemsize))
+        segment = min(segment, parts(w.job.channels, 4 * w.threads) * run)
+    return max(1, max(segment, least) // run)
 
 
 cdef inline void add_run(
@@ -156,7 +154,7 @@ cdef void sum_tile(
     Py_ssize_t first_block, Py_ssize_t end_block,
 ) noexcept nogil:
     cdef Job* job = w.job
-    cdef Py_ssize_t index, c, i, upto = begin
+    cdef Py_ssize_t index, c, upto = begin
     # How many channels to take at once. Runs of several blocks one after the other, for the sake
     # of a straight line through memory.
     cdef Py_ssize_t some = end - begin if job.inner <= BLOCK else 1
@@ -316,7 +314,7 @@ cdef void unit_of_runs(
 cdef void run_runs(const real* x, Work* w) noexcept nogil:
     cdef Job* job = w.job
     cdef Py_ssize_t tiles
-    w.tile = tile_channels(w, sizeof(real))
+    w.tile = tile_channels(w)
     tiles = parts(job.channels, w.tile)
     if job.operation == INFERENCE:
         affine_coefficients(x, w, 0, job.channels)
