@@ -384,14 +384,10 @@ cdef void choose_shifts(const real* type, Work* w) noexcept nogil:
     """Choose what x is shifted by in sum(dy * x): the mean, where that would cancel."""
     cdef Job* job = w.job
     cdef Py_ssize_t c
-    w.shifted = real is double
     for c in range(job.channels):
-        w.k[c] = job.mean[c]
-        if real is not double:
-            if job.mean[c] * job.mean[c] * CANCELLED > job.var[c]:
-                w.shifted = True
-            else:
-                w.k[c] = 0
+        w.k[c] = 0
+        if real is double or job.mean[c] * job.mean[c] * CANCELLED > job.var[c]:
+            w.k[c], w.shifted = job.mean[c], True
 
 
 cdef void gradient_coefficients(

@@ -37,7 +37,7 @@ cdef void spread(
 
 
 cdef inline double* lane_shifts(Work* w) noexcept nogil:
-    return w.k + parts(w.job.channels, 8) * 8
+    return w.k + whole_lines(w.job.channels)
 
 
 cdef inline void add_rows(
