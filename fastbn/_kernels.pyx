@@ -364,20 +364,17 @@ cdef void affine_coefficients(
     const real* type, Work* w, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
     cdef Job* job = w.job
-    cdef Pack[double] eps = fill(job.eps), mean, scale, low
-    cdef Py_ssize_t c
+    cdef Pack[double] eps = fill(job.eps), mean, scale, shift, low
+    cdef Py_ssize_t c, i
     cdef int lanes
     for c from begin <= c < end by LANES:
-        lanes = min(end - c, <Py_ssize_t>LANES)
+        lanes, i = min(end - c, <Py_ssize_t>LANES), c - w.begin
         mean = load(job.mean + c, lanes)
         scale = load(job.gamma + c, lanes) / square_root(load(job.var + c, lanes) + eps)
-        low = mean - put_values(type, w.table, CENTER * w.row + c - w.begin, mean, lanes)
-        low = low + load(job.mean_low + c, lanes)
-        put_values(type, w.table, SCALE * w.row + c - w.begin, scale, lanes)
-        put_values(
-            type, w.table, SHIFT * w.row + c - w.begin,
-            load(job.beta + c, lanes) - low * scale, lanes,
-        )
+        low = mean - put_values(type, w.table, CENTER * w.row + i, mean, lanes)
+        shift = load(job.beta + c, lanes) - (low + load(job.mean_low + c, lanes)) * scale
+        put_values(type, w.table, SCALE * w.row + i, scale, lanes)
+        put_values(type, w.table, SHIFT * w.row + i, shift, lanes)
 
 
 cdef void choose_shifts(const real* type, Work* w) noexcept nogil:
@@ -394,26 +391,25 @@ cdef void gradient_coefficients(
     const real* type, Work* w, Py_ssize_t begin, Py_ssize_t end  # dgamma holds sum(dy * (x - k))
 ) noexcept nogil:
     cdef Job* job = w.job
-    cdef Pack[double] eps = fill(job.eps), count = fill(job.count)
-    cdef Pack[double] one = fill(1.0)
-    cdef Pack[double] mean, low, rstd, dbeta, dgamma, slope, level, lost
-    cdef Py_ssize_t c
+    cdef Pack[double] eps = fill(job.eps), count = fill(job.count), one = fill(1.0)
+    cdef Pack[double] mean, low, rstd, dbeta, dgamma, scale, slope, level, lost
+    cdef Py_ssize_t c, i
     cdef int lanes
     for c from begin <= c < end by LANES:
-        lanes = min(end - c, <Py_ssize_t>LANES)
+        lanes, i = min(end - c, <Py_ssize_t>LANES), c - w.begin
         mean, low = load(job.mean + c, lanes), load(job.mean_low + c, lanes)
         rstd = one / square_root(load(job.var + c, lanes) + eps)
         dbeta, dgamma = load(job.dbeta + c, lanes), load(job.dgamma + c, lanes)
         if job.operation != APPLY:
             dgamma = (dgamma - (mean - load(w.k + c, lanes) + low) * dbeta) * rstd
             store(job.dgamma + c, dgamma, lanes)
-        put_values(type, w.table, SCALE * w.row + c - w.begin, load(job.gamma + c, lanes) * rstd,
-                   lanes)
+        scale = load(job.gamma + c, lanes) * rstd
         slope, level = rstd * (dgamma / count), dbeta / count
-        low = low + (mean - put_values(type, w.table, CENTER * w.row + c - w.begin, mean, lanes))
-        put_values(type, w.table, SLOPE * w.row + c - w.begin, slope, lanes)
-        lost = level - put_values(type, w.table, LEVEL * w.row + c - w.begin, level, lanes)
-        put_values(type, w.table, RESIDUE * w.row + c - w.begin, lost - low * slope, lanes)
+        low = low + (mean - put_values(type, w.table, CENTER * w.row + i, mean, lanes))
+        put_values(type, w.table, SCALE * w.row + i, scale, lanes)
+        put_values(type, w.table, SLOPE * w.row + i, slope, lanes)
+        lost = level - put_values(type, w.table, LEVEL * w.row + i, level, lanes)
+        put_values(type, w.table, RESIDUE * w.row + i, lost - low * slope, lanes)
 
 
 cdef inline Py_ssize_t parts(Py_ssize_t whole, Py_ssize_t part) noexcept nogil:
