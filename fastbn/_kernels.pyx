@@ -160,8 +160,7 @@ cdef struct Work:
     Step step
     bint rows              # which of the two ways
     bint fused             # whether anything but a plain normalisation or gradient is written
-    bint past_cache        # how out is written,
-    bint residual_past_cache  # and dresidual
+    bint residual_past_cache  # whether dresidual is written past the cache where out is
     int threads
     Py_ssize_t blocks      # that a channel is cut into
     Py_ssize_t per_unit    # tiles, blocks or pieces in a unit
@@ -438,7 +437,7 @@ cdef void unit_of(const real* x, Work* w, Py_ssize_t unit) noexcept nogil:
         unit_of_rows(x + first, at(dy, first), out + first, w, unit)
     else:
         unit_of_runs(x, dy, out, w, unit)
-    if w.past_cache:
+    if w.job.past_cache:
         fence()
 
 
@@ -500,7 +499,6 @@ cdef Py_ssize_t run_typed(const real* x, Job* job, int threads, double* scratch)
         return needed
     w.fused = job.activated or job.residual != NULL or job.dresidual != NULL
     w.fused = w.fused or job.operation == BACKWARD_FIXED
-    w.past_cache = job.past_cache
     w.residual_past_cache = (
         job.past_cache
         and lanes_to_line(<real*>job.dresidual) == lanes_to_line(<real*>job.out)

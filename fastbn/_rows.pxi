@@ -214,7 +214,7 @@ cdef inline void write_line_of_rows(
     """Write contiguous values, whose lanes begin again and again, from the end."""
     cdef Py_ssize_t head = min(length, <Py_ssize_t>lanes_to_line(out)), i, j, t
     cdef int tail = (length - head) % LANES
-    cdef bint past_cache = w.past_cache
+    cdef bint past_cache = w.job.past_cache
     cdef Fusion f = fusion_of(w, out - <real*>w.job.out)
     i = length - tail
     j = (lane + i) % w.width

@@ -217,7 +217,7 @@ cdef inline void write_line_of_runs(
     cdef Py_ssize_t c = start // inner % channels
     cdef Py_ssize_t bottom = min(end, begin + lanes_to_line(out + begin)), p = end, n
     cdef int lanes = (end - bottom) % LANES
-    cdef bint past_cache = w.past_cache
+    cdef bint past_cache = w.job.past_cache
     cdef Fusion f = fusion_of(w, 0)
     cdef Pack[real] center, scale, shift, slope, level, center0, scale0, shift0, slope0, level0
     center = center0 = fill_value(x, w.table, CENTER * row + c)
@@ -305,7 +305,7 @@ cdef void unit_of_runs(
                 continue
             for row in range(job.outer - 1, -1, -1):
                 first = row * stride
-                if w.past_cache and row:  # where a line begins and ends part of it stays outside
+                if w.job.past_cache and row:  # of its first and last line, part lies outside
                     prefetch_to_write(out + first - stride + begin * job.inner)
                     prefetch_to_write(out + first - stride + end * job.inner)
                 write_runs(x, dy, out, w, first + begin * job.inner, first + end * job.inner)
