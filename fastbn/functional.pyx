@@ -271,7 +271,8 @@ cdef bint take_signs(Cache cache, cnp.ndarray result) except -1:
     cdef cnp.npy_intp words
     cdef size_t line = LANES * cnp.PyArray_ITEMSIZE(result)
     cache.first_bit = (<uintptr_t>cnp.PyArray_DATA(result)) % line // cnp.PyArray_ITEMSIZE(result)
-    words = (cache.first_bit + cnp.PyArray_SIZE(result)) // LANES + 3  # reading a pack touches two more
+    # Reading a pack touches two words more.
+    words = (cache.first_bit + cnp.PyArray_SIZE(result)) // LANES + 3
     cache.signs = cnp.PyArray_ZEROS(1, &words, cnp.NPY_UINT16, 0)
     return True
 
