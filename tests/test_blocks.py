@@ -143,7 +143,7 @@ def test_a_block_much_too_large_waits_for_a_larger_result():
     assert address(small) != where
 
 
-def test_results_up_to_32_mb_are_left_to_malloc():
+def test_results_up_to_2_mb_are_left_to_malloc():
     y = large(0, np.zeros((1, 3, 100_000), np.float32))
     del y
     assert _blocks.kept_bytes() == 0
