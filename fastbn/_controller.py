@@ -25,8 +25,5 @@ class FastbnController(threadpoolctl.LibController):  # type: ignore[misc]
 
         return __version__
 
-    def set_additional_attributes(self) -> None:
-        """There are none."""
-
 
 threadpoolctl.register(FastbnController)
