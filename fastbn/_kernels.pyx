@@ -458,12 +458,9 @@ cdef inline Py_ssize_t whole_lines(Py_ssize_t doubles) noexcept nogil:
 
 
 cdef Py_ssize_t lay_out(const real* x, Work* w, double* scratch) noexcept nogil:
-    """Lay the arrays of the work out in scratch (NULL: do not); return how many doubles they need.
-    """
+    """Lay the arrays out in scratch (NULL: do not); return how many doubles they need."""
     cdef Job* job = w.job
-    cdef Py_ssize_t table, shifts, sums = 0, lanes = 0
-    table = shifts = whole_lines(job.channels)
-    table *= TABLE
+    cdef Py_ssize_t shifts = whole_lines(job.channels), table = TABLE * shifts, sums = 0, lanes = 0
     if w.rows:
         choose_rows(w, 0)
         if w.width == w.end - w.begin:  # a lane is a channel: the table of lanes is enough

@@ -284,7 +284,7 @@ cdef void unit_of_runs(
 ) noexcept nogil:
     cdef Job* job = w.job
     cdef Py_ssize_t size = w.tile, stride = job.channels * job.inner
-    cdef Py_ssize_t tile, begin, end, row, first
+    cdef Py_ssize_t first = unit * w.per_unit, tile, begin, end, row
     if w.step == SUM:
         begin = unit // w.units * size
         first = unit % w.units * w.per_unit
@@ -293,10 +293,8 @@ cdef void unit_of_runs(
             first, min(first + w.per_unit, w.blocks),
         )
     elif w.step == WRITE:
-        first = unit * w.per_unit
         write_runs(x, dy, out, w, first, min(first + w.per_unit, job.outer * stride))
     else:
-        first = unit * w.per_unit
         for tile in range(first, min(first + w.per_unit, parts(job.channels, size))):
             begin, end = tile * size, min((tile + 1) * size, job.channels)
             sum_tile(x, dy, w, begin, end, 0, w.blocks)
