@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 
 class Norm(ABC):
-    """What the layers share; each says how a minibatch is normalised, and tracked."""
+    """What the layers share; each says which examples are normalised together, and tracked."""
 
     def __init__(
         self,
@@ -109,10 +109,8 @@ class Norm(ABC):
         return self.forward(*args, **kwargs)
 
     @abstractmethod
-    def _by_minibatch(
-        self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
-    ) -> tuple[Array, Cache]:
-        """Normalise x, known to have the right channels, by its own statistics."""
+    def _group_size(self, x: Array, mask: ArrayLike | None) -> int | None:
+        """Return how many examples share statistics, None for all; refuse x with too few values."""
 
     @abstractmethod
     def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
@@ -141,7 +139,17 @@ class Norm(ABC):
                 mask,
             )
             return y
-        y, cache = self._by_minibatch(x, residual, mask)
+        y, cache = functional.batch_norm(
+            x,
+            self.params.get("gamma"),
+            self.params.get("beta"),
+            axis=self.axis,
+            eps=self.eps,
+            activation=self.activation,
+            residual=residual,
+            mask=mask,
+            virtual_batch_size=self._group_size(x, mask),
+        )
         if self.training and self._seen is not None:
             self._seen.append(cache.moments)
         elif self.training and self.running_mean is not None and self.running_var is not None:

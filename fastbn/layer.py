@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import functional
 from fastbn._norm import Array, Norm, as_array, as_eps, as_integer, as_number, as_values
-from fastbn.functional import merge_moments
 
 if TYPE_CHECKING:
     from fastbn.functional import Activation, Cache
@@ -147,9 +146,7 @@ class BatchNorm(Norm):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _by_minibatch(
-        self, x: Array, residual: ArrayLike | None, mask: ArrayLike | None
-    ) -> tuple[Array, Cache]:
+    def _group_size(self, x: Array, mask: ArrayLike | None) -> int | None:
         size = self.virtual_batch_size if self.training else None
         count, why = x.size // self.num_features, ""
         if mask is not None:
@@ -166,17 +163,7 @@ class BatchNorm(Norm):
                 "x: expected more than one value per channel to take statistics of, "
                 f"got shape {x.shape}{why}"
             )
-        return functional.batch_norm(
-            x,
-            self.params.get("gamma"),
-            self.params.get("beta"),
-            axis=self.axis,
-            eps=self.eps,
-            activation=self.activation,
-            residual=residual,
-            mask=mask,
-            virtual_batch_size=size,
-        )
+        return size
 
     def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
         functional.update_running(cache, mean, var, weight)
@@ -473,27 +460,14 @@ class InstanceNorm(Norm):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _by_minibatch(
-        self,
-        x: Array,
-        residual: ArrayLike | None,
-        mask: ArrayLike | None,  # noqa: ARG002
-    ) -> tuple[Array, Cache]:
+    def _group_size(self, x: Array, mask: ArrayLike | None) -> int:  # noqa: ARG002
         examples = x.shape[-1 if self.axis in (0, -x.ndim) else 0]
         if x.ndim < 2 or x.size < 2 * self.num_features * max(1, examples):
             raise ValueError(
                 "x: expected more than one position per example and channel to take statistics of, "
                 f"got shape {x.shape}"
             )
-        return functional.instance_norm(
-            x,
-            self.params.get("gamma"),
-            self.params.get("beta"),
-            axis=self.axis,
-            eps=self.eps,
-            activation=self.activation,
-            residual=residual,
-        )
+        return 1
 
     def _move_running(self, cache: Cache, mean: Array, var: Array, weight: float) -> None:
         count = cache.moments.count / len(cache.mean)  # of each example and channel
@@ -576,7 +550,7 @@ def update_statistics(
             f"got {[len(moments) for moments in seen]} for the {len(norms)} of them"
         )
     for norm, moments in zip(norms, seen, strict=True):
-        mean, var, count = merge_moments(*moments)
+        mean, var, count = functional.merge_moments(*moments)
         state = norm._state()
         state["running_mean"][...] = mean
         state["running_var"][...] = var * (count / (count - 1))
