@@ -44,4 +44,4 @@ cdef struct Job:
     bint past_cache        # the kernel's own: whether results are written past the cache
 
 # Returns 0, or -1 where there is no memory for partial sums; nothing is written then.
-ctypedef int (*Run)(Job*) noexcept nogil
+ctypedef int (*KernelFunction)(Job*) noexcept nogil

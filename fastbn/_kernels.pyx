@@ -75,7 +75,7 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
     Pack[double] load_wide[T](const T* p, int lanes)
     Pack[double] wide[T](const T* type, Pack[T] a)
     unsigned signs_of[T](const T* type, Pack[T] a)
-    Pack[T] leak[T](const T* type, unsigned signs, Pack[T] a, double slope)
+    Pack[T] leaky_relu[T](const T* type, unsigned signs, Pack[T] a, double slope)
     void put_bits(uint16_t* words, Py_ssize_t i, unsigned bits, int lanes)
     unsigned get_bits(const uint16_t* words, Py_ssize_t i)
     void store[T](T* p, Pack[T] a, int lanes)
@@ -98,7 +98,7 @@ cdef extern from "_simd.hpp" namespace "fastbn" nogil:
     Pack[T] load_values[T](const T* type, const void* values, Py_ssize_t i)
     double get_value[T](const T* type, const void* values, Py_ssize_t i)
     double value_of[T](const T* p)
-    double leak_one[T](const T* p, unsigned sign, double slope)
+    double leaky_relu_one[T](const T* p, unsigned sign, double slope)
     const T* at[T](const T* p, Py_ssize_t i)  # NULL stays NULL
 
 cdef extern from *:
@@ -122,7 +122,7 @@ cdef enum:
     LEAST_ROWS = 128         # but at least so many rows
     MOST_ROWS = 512          # and at most so many
     SUM_ROWS = 8             # rows that are summed side by side, half as many of two arrays
-    AHEAD = 8192             # values that are fetched ahead meanwhile
+    PREFETCH_DISTANCE = 8192 # values that are fetched ahead meanwhile
     TILE = 4 << 20           # bytes in a tile of channels, about,
     SEGMENT = 128 << 10      # and contiguous bytes in it, at most
     SHORT = 256              # values in a run that is summed by itself; half, of two arrays
@@ -131,7 +131,7 @@ cdef enum:
     MAX_LONG = 64            # long runs that are
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
     PANEL = 4096             # values of a row that are taken at once, at least
-    UNITS = 8                # pieces of work per thread, where one can choose
+    UNITS_PER_THREAD = 8     # pieces of work, where one can choose
 
 # The part of itself down to which sum(x * x) may cancel: 4 of float64's 53 bits. That is where the
 # mean is 4 times the standard deviation.
@@ -158,7 +158,7 @@ cdef enum Step:
 cdef struct Work:
     Job* job
     Step step
-    bint rows              # which of the two ways
+    bint by_rows           # which of the two ways
     bint fused             # whether anything but a plain normalisation or gradient is written
     bint residual_past_cache  # whether dresidual is written past the cache where out is
     int threads
@@ -177,7 +177,7 @@ cdef struct Work:
     Py_ssize_t end
     Py_ssize_t stride      # values from one row to the next, in the whole array
     Py_ssize_t width       # values of a row in this panel
-    Py_ssize_t count       # full rows
+    Py_ssize_t full_rows
     Py_ssize_t tail        # values of the shorter row behind them, if any
     Py_ssize_t block_rows
     Py_ssize_t side        # of these are summed side by side
@@ -220,9 +220,10 @@ cdef inline void sum_packs(
         elif fused:
             signs = get_bits(job.signs, bit + i * stride)
             if shifted:
-                g = leak(<const double*>NULL, signs, load_wide(dy + i * stride, lanes), job.slope)
+                g = load_wide(dy + i * stride, lanes)
+                g = leaky_relu(<const double*>NULL, signs, g, job.slope)
             else:  # slope is 0
-                g = wide(dy, leak(dy, signs, load(dy + i * stride, lanes), 0))
+                g = wide(dy, leaky_relu(dy, signs, load(dy + i * stride, lanes), 0))
         else:
             g = load_wide(dy + i * stride, lanes)
         sum_a = sum_a + g
@@ -286,7 +287,7 @@ cdef inline Pack[real] normalized(
             signs = signs_of(x, a)
             if f.signs != NULL:
                 put_bits(f.signs, f.first_bit + i, signs, lanes)
-            a = leak(x, signs, a, f.slope)
+            a = leaky_relu(x, signs, a, f.slope)
     return a
 
 
@@ -297,7 +298,7 @@ cdef inline Pack[real] gradient(
     cdef Pack[real] g = load(dy + i, lanes)
     if fused:
         if f.signs != NULL:
-            g = leak(dy, get_bits(f.signs, f.first_bit + i), g, f.slope)
+            g = leaky_relu(dy, get_bits(f.signs, f.first_bit + i), g, f.slope)
         if f.dresidual != NULL:
             write_pack(<real*>f.dresidual + i, g, lanes, f.residual_past_cache)
         if f.fixed:
@@ -411,15 +412,16 @@ cdef void gradient_coefficients(
         put_values(type, w.table, RESIDUE * w.row + i, lost - low * slope, lanes)
 
 
-cdef inline Py_ssize_t parts(Py_ssize_t whole, Py_ssize_t part) noexcept nogil:
-    return (whole + part - 1) // part
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
 
 
 cdef void write_all(Work* w, Py_ssize_t count) noexcept nogil:
     """Cut what is to be written into units of whole lines of the cache, as far as those go."""
     w.step = WRITE
-    w.per_unit = parts(parts(count, UNITS * w.threads if w.threads > 1 else 1), 64) * 64
-    run_units(do_unit, w, parts(count, w.per_unit), w.threads)
+    cdef Py_ssize_t units = UNITS_PER_THREAD * w.threads if w.threads > 1 else 1
+    w.per_unit = ceil_div(ceil_div(count, units), 64) * 64
+    run_units(do_unit, w, ceil_div(count, w.per_unit), w.threads)
 
 
 include "_runs.pxi"
@@ -433,7 +435,7 @@ cdef void unit_of(const real* x, Work* w, Py_ssize_t unit) noexcept nogil:
     cdef Py_ssize_t first = w.begin * w.job.inner  # where a panel of rows begins
     cdef const real* dy = <const real*>w.job.dy
     cdef real* out = <real*>w.job.out
-    if w.rows:
+    if w.by_rows:
         unit_of_rows(x + first, at(dy, first), out + first, w, unit)
     else:
         unit_of_runs(x, dy, out, w, unit)
@@ -454,14 +456,14 @@ cdef void do_unit(void* work, Py_ssize_t unit) noexcept nogil:
 
 
 cdef inline Py_ssize_t whole_lines(Py_ssize_t doubles) noexcept nogil:
-    return parts(doubles, 8) * 8
+    return ceil_div(doubles, 8) * 8
 
 
 cdef Py_ssize_t lay_out(const real* x, Work* w, double* scratch) noexcept nogil:
     """Lay the arrays out in scratch (NULL: do not); return how many doubles they need."""
     cdef Job* job = w.job
     cdef Py_ssize_t shifts = whole_lines(job.channels), table = TABLE * shifts, sums = 0, lanes = 0
-    if w.rows:
+    if w.by_rows:
         choose_rows(w, 0)
         if w.width == w.end - w.begin:  # a lane is a channel: the table of lanes is enough
             table = 0
@@ -470,7 +472,7 @@ cdef Py_ssize_t lay_out(const real* x, Work* w, double* scratch) noexcept nogil:
     else:
         w.blocks = blocks_of_runs(job)
     if job.operation != INFERENCE and job.operation != APPLY:
-        sums = whole_lines(2 * w.blocks * (w.padded if w.rows else job.channels))
+        sums = whole_lines(2 * w.blocks * (w.padded if w.by_rows else job.channels))
     if scratch != NULL:
         w.table = align(scratch)
         w.row = job.channels
@@ -486,7 +488,7 @@ cdef Py_ssize_t run_typed(const real* x, Job* job, int threads, double* scratch)
     cdef Work w
     cdef Py_ssize_t needed
     w.job = job
-    w.rows = job.inner < LANES
+    w.by_rows = job.inner < LANES
     w.begin = 0
     w.shifted = False
     w.threads = threads
@@ -502,7 +504,7 @@ cdef Py_ssize_t run_typed(const real* x, Job* job, int threads, double* scratch)
     )
     if job.dy != NULL:
         choose_shifts(x, &w)
-    if w.rows:
+    if w.by_rows:
         run_rows(x, &w)
     else:
         run_runs(x, &w)
@@ -567,12 +569,12 @@ cdef int run(Job* job) noexcept nogil:
         bytes > PAST_CACHE * cache_size()
         and job.out != NULL and job.out != job.x and job.out != job.dy and job.out != job.residual
     )
-    g.job, g.count, g.threads = job, parts(job.examples, job.outer), threads
+    g.job, g.count, g.threads = job, ceil_div(job.examples, job.outer), threads
     if threads > 1 and g.count > 1 and threads_for(2 * bytes / g.count) == 1:
         g.threads = 1  # one thread for a group, several groups at once
-        units = min(g.count, <Py_ssize_t>UNITS * threads)
-    g.per_unit = parts(g.count, units)
-    units = parts(g.count, g.per_unit)
+        units = min(g.count, <Py_ssize_t>UNITS_PER_THREAD * threads)
+    g.per_unit = ceil_div(g.count, units)
+    units = ceil_div(g.count, g.per_unit)
     g.scratch_size = run_group(job, g.threads, NULL)
     if g.count > 1:
         last = group_of(job, g.count - 1)  # may be shorter, which lays it out in another way
@@ -588,5 +590,5 @@ cdef int run(Job* job) noexcept nogil:
     return 0
 
 
-# What `functional` calls: a function of the type Run in _job.pxd.
+# What `functional` calls: a function of the type KernelFunction in _job.pxd.
 kernel = PyCapsule_New(<void*>run, "fastbn._kernels.run", NULL)

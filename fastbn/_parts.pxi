@@ -183,9 +183,9 @@ def normalize(
     """Normalise a part of a minibatch by the moments of all of it.
 
     ``batch_norm(x)`` in parts: `batch_moments` of each, `merge_moments` of all, then this for each
-    part; y is what `batch_norm` would give to the whole, within the same errors. To go back, each part calls
-    `batch_norm_backward_reduce`, the results are added up, and `batch_norm_backward_apply` gives
-    each part its dx.
+    part; y is what `batch_norm` would give to the whole, within the same errors. To go back, each
+    part calls `batch_norm_backward_reduce`, the results are added up, and
+    `batch_norm_backward_apply` gives each part its dx.
 
     Parameters
     ----------

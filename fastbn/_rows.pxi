@@ -6,17 +6,17 @@ cdef void choose_rows(Work* w, Py_ssize_t begin) noexcept nogil:
     cdef Job* job = w.job
     cdef Py_ssize_t narrow = job.channels * job.inner, fold
     fold = max(1, min(MIN_WIDTH // narrow, job.outer))
-    w.begin, w.end = begin, min(begin + parts(PANEL, job.inner), job.channels)
+    w.begin, w.end = begin, min(begin + ceil_div(PANEL, job.inner), job.channels)
     w.stride = fold * narrow
     w.width = fold * (w.end - begin) * job.inner
-    w.count = job.outer // fold
-    w.tail = (job.outer - w.count * fold) * narrow
+    w.full_rows = job.outer // fold
+    w.tail = (job.outer - w.full_rows * fold) * narrow
     w.block_rows = max(LEAST_ROWS, min(BLOCK_OF_ROWS // w.stride, <Py_ssize_t>MOST_ROWS))
     # No constant: where the compiler unrolls by it, loads of x and dy that lie alike in their pages
     # get in each other's way, which took backward up to 1.6 times as long.
     w.side = SUM_ROWS if job.dy == NULL else SUM_ROWS // 2
-    w.blocks = parts(w.count, w.block_rows)
-    w.padded = parts(w.width, LANES) * LANES
+    w.blocks = ceil_div(w.full_rows, w.block_rows)
+    w.padded = ceil_div(w.width, LANES) * LANES
     w.wrapped = w.padded + LANES
 
 
@@ -87,7 +87,7 @@ cdef void sum_rows(
     cdef double* b = a + w.padded
     cdef double* k = lane_shifts(w)
     cdef Py_ssize_t first_row = index * w.block_rows, row, i, j, t
-    cdef Py_ssize_t rows = min(w.count - first_row, w.block_rows)
+    cdef Py_ssize_t rows = min(w.full_rows - first_row, w.block_rows)
     cdef Pack[double] sa, sb, shift = fill(0.0)
     cdef int lanes
     cdef Py_ssize_t values_in_line = LINE // sizeof(real)
@@ -115,7 +115,8 @@ cdef void sum_rows(
             store(a + j, sa, LANES)
             store(b + j, sb, LANES)
             for t in range(w.side * LANES // values_in_line):
-                i = (first_row + row) * w.stride + j * w.side + t * values_in_line + AHEAD
+                i = (first_row + row) * w.stride + j * w.side + t * values_in_line
+                i += PREFETCH_DISTANCE
                 prefetch(x + i)
                 if dy != NULL:
                     prefetch(dy + i)
@@ -128,7 +129,7 @@ cdef void merge_lanes(Work* w, Py_ssize_t block) noexcept nogil:
     cdef double* into = w.sums
     cdef const double* sums = w.sums + 2 * block * w.padded
     cdef double n = <double>block * w.block_rows
-    cdef double block_n = min(w.count - block * w.block_rows, w.block_rows)
+    cdef double block_n = min(w.full_rows - block * w.block_rows, w.block_rows)
     cdef Pack[double] weight = fill(block_n / (n + block_n)), both = fill(n) * weight, a, b, delta
     cdef Py_ssize_t j
     for j from 0 <= j < w.padded by LANES:
@@ -154,7 +155,7 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
     cdef double* first = job.mean if dy == NULL else job.dbeta
     cdef double* second = job.var if dy == NULL else job.dgamma
     cdef Py_ssize_t block, c, f, i, j, channels = w.end - w.begin
-    cdef const real* last_x = x + w.count * w.stride
+    cdef const real* last_x = x + w.full_rows * w.stride
     cdef const real* last_dy
     cdef Py_ssize_t bit
     cdef double n, block_n, g
@@ -172,8 +173,9 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
                 j = (f * channels + c - w.begin) * job.inner + i
                 if dy == NULL:
                     if j < w.tail:
-                        merge(&a[j], &b[j], w.count, value_of(last_x + j) - value_of(x + j), 0, 1)
-                    block_n = w.count + (j < w.tail)
+                        g = value_of(last_x + j) - value_of(x + j)
+                        merge(&a[j], &b[j], w.full_rows, g, 0, 1)
+                    block_n = w.full_rows + (j < w.tail)
                     merge(
                         &first[c], &second[c], n, value_of(x + j) - job.mean_low[c] + a[j], b[j],
                         block_n,
@@ -183,11 +185,11 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
                 first[c] += a[j]
                 second[c] += b[j]
                 if j < w.tail:
-                    last_dy = dy + w.count * w.stride + j
+                    last_dy = dy + w.full_rows * w.stride + j
                     g = value_of(last_dy)
                     if job.signs != NULL:
                         bit = job.first_bit + (last_dy - <const real*>job.dy)
-                        g = leak_one(last_dy, get_bits(job.signs, bit) & 1, job.slope)
+                        g = leaky_relu_one(last_dy, get_bits(job.signs, bit) & 1, job.slope)
                     first[c] += g
                     second[c] += g * (value_of(last_x + j) - k[j])
 
@@ -255,7 +257,7 @@ cdef void unit_of_rows(
         end = min(first + w.per_unit, whole)
         write_rows(x + first, at(dy, first), out + first, w, first % w.width, end - first)
     else:  # a unit is some rows of the panel
-        end = min(first + w.per_unit, w.count)
+        end = min(first + w.per_unit, w.full_rows)
         i = end * w.stride
         while i > first * w.stride:
             i -= w.stride
@@ -269,17 +271,17 @@ cdef inline void* row_of(const real* type, void* values, Py_ssize_t i) noexcept 
 cdef void run_rows(const real* x, Work* w) noexcept nogil:
     cdef Job* job = w.job
     cdef const real* dy = <const real*>job.dy
-    cdef Py_ssize_t row, whole, end = 0
+    cdef Py_ssize_t row, first, end = 0
     while end < job.channels:
         choose_rows(w, end)
         end = w.end
-        whole = w.begin * job.inner  # the panel begins there
+        first = w.begin * job.inner  # the panel begins there
         if job.operation != INFERENCE and job.operation != APPLY:
             w.step = SUM
             if dy != NULL:
                 spread(<const double*>NULL, w, w.k + w.begin, lane_shifts(w), w.padded)
             run_units(do_unit, w, w.blocks, w.threads)
-            finish_rows(x + whole, at(dy, whole), w)
+            finish_rows(x + first, at(dy, first), w)
         if w.width == w.end - w.begin:  # a lane is a channel
             w.table, w.row = w.lanes, w.wrapped
         if job.operation == FORWARD:
@@ -293,4 +295,4 @@ cdef void run_rows(const real* x, Work* w) noexcept nogil:
         for row in range(TABLE if dy != NULL else SHIFT + 1):
             spread(x, w, row_of(x, w.table, row * w.row), row_of(x, w.lanes, row * w.wrapped),
                    w.wrapped)
-        write_all(w, job.outer * job.channels * job.inner if w.width == w.stride else w.count)
+        write_all(w, job.outer * job.channels * job.inner if w.width == w.stride else w.full_rows)

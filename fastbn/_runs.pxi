@@ -9,7 +9,7 @@ cdef struct Block:
 
 
 cdef inline Py_ssize_t pieces_of_run(Job* job) noexcept nogil:
-    return parts(job.inner, BLOCK)
+    return ceil_div(job.inner, BLOCK)
 
 
 cdef inline Py_ssize_t rows_of_block(Job* job) noexcept nogil:
@@ -17,7 +17,7 @@ cdef inline Py_ssize_t rows_of_block(Job* job) noexcept nogil:
 
 
 cdef inline Py_ssize_t blocks_of_runs(Job* job) noexcept nogil:
-    return parts(job.outer, rows_of_block(job)) * pieces_of_run(job)
+    return ceil_div(job.outer, rows_of_block(job)) * pieces_of_run(job)
 
 
 cdef inline Block block_of_runs(Job* job, Py_ssize_t b) noexcept nogil:
@@ -41,7 +41,7 @@ cdef Py_ssize_t tile_channels(Work* w) noexcept nogil:
     cdef Py_ssize_t least = SEGMENT // 16, run = w.job.inner * w.job.itemsize
     cdef Py_ssize_t segment = twice * min(SEGMENT, TILE // w.job.outer)
     if w.threads > 1:
-        segment = min(segment, parts(w.job.channels, 4 * w.threads) * run)
+        segment = min(segment, ceil_div(w.job.channels, 4 * w.threads) * run)
     return max(1, max(segment, least) // run)
 
 
@@ -101,7 +101,7 @@ cdef void sum_short_runs(
     cdef Py_ssize_t stride = job.channels * job.inner
     cdef int lanes
     cdef Py_ssize_t rows = SUM_ROWS if dy == NULL else SUM_ROWS // 2
-    for j in range(parts(width, LANES)):
+    for j in range(ceil_div(width, LANES)):
         a[j] = b[j] = fill(0.0)
     for row from block.first_row <= row < block.end_row by rows:
         for j from 0 <= j < width by LANES:
@@ -295,7 +295,7 @@ cdef void unit_of_runs(
     elif w.step == WRITE:
         write_runs(x, dy, out, w, first, min(first + w.per_unit, job.outer * stride))
     else:
-        for tile in range(first, min(first + w.per_unit, parts(job.channels, size))):
+        for tile in range(first, min(first + w.per_unit, ceil_div(job.channels, size))):
             begin, end = tile * size, min((tile + 1) * size, job.channels)
             sum_tile(x, dy, w, begin, end, 0, w.blocks)
             finish_runs(x, w, begin, end)
@@ -313,20 +313,20 @@ cdef void run_runs(const real* x, Work* w) noexcept nogil:
     cdef Job* job = w.job
     cdef Py_ssize_t tiles
     w.tile = tile_channels(w)
-    tiles = parts(job.channels, w.tile)
+    tiles = ceil_div(job.channels, w.tile)
     if job.operation == INFERENCE:
         affine_coefficients(x, w, 0, job.channels)
     elif job.operation == APPLY:
         gradient_coefficients(x, w, 0, job.channels)
     elif w.threads == 1 or tiles >= 4 * w.threads:
         w.step = TILES
-        w.per_unit = parts(tiles, UNITS * w.threads) if w.threads > 1 else tiles
-        run_units(do_unit, w, parts(tiles, w.per_unit), w.threads)
+        w.per_unit = ceil_div(tiles, UNITS_PER_THREAD * w.threads) if w.threads > 1 else tiles
+        run_units(do_unit, w, ceil_div(tiles, w.per_unit), w.threads)
         return
     else:
         w.step = SUM
-        w.per_unit = parts(w.blocks, parts(UNITS * w.threads, tiles))
-        w.units = parts(w.blocks, w.per_unit)
+        w.per_unit = ceil_div(w.blocks, ceil_div(UNITS_PER_THREAD * w.threads, tiles))
+        w.units = ceil_div(w.blocks, w.per_unit)
         run_units(do_unit, w, tiles * w.units, w.threads)
         finish_runs(x, w, 0, job.channels)
     if job.out != NULL:

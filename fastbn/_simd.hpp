@@ -597,7 +597,7 @@ INLINE Pack<double> keep_first(Pack<double> a, int lanes) {
 template <class T> INLINE Pack<double> wide(const T*, Pack<T> a) { return widen(a); }
 template <class T> INLINE unsigned signs_of(const T*, Pack<T> a) { return above_zero(a); }
 // Where a sign is set a, elsewhere slope * a; with slope 0 that is 0, whatever a is.
-template <class T> INLINE Pack<T> leak(const T*, unsigned signs, Pack<T> a, double slope) {
+template <class T> INLINE Pack<T> leaky_relu(const T*, unsigned signs, Pack<T> a, double slope) {
     using E = Element<T>;
     return select(signs, a, slope == 0 ? fill<E>(0) : a * fill<E>((E)slope));
 }
@@ -703,8 +703,8 @@ template <class T> INLINE const T* at(const T* p, std::ptrdiff_t i) { return p ?
 template <class T> INLINE double value_of(const T* p) {
     if constexpr (sizeof(T) == 2) return widened(*p); else return *p;
 }
-// As `leak` in double, of one value.
-template <class T> INLINE double leak_one(const T* p, unsigned sign, double slope) {
+// As `leaky_relu` in double, of one value.
+template <class T> INLINE double leaky_relu_one(const T* p, unsigned sign, double slope) {
     return sign ? value_of(p) : slope == 0 ? 0 : value_of(p) * slope;
 }
 

@@ -32,7 +32,7 @@ from fastbn._job cimport (
     INFERENCE,
     Job,
     Operation,
-    Run,
+    KernelFunction,
     Type,
 )
 from fastbn._mask import Valid
@@ -46,13 +46,13 @@ cdef enum:
     RECYCLED = 2 << 20   # bytes: malloc may give larger blocks back, and new pages fault
     LANES = 16           # values in a pack, and signs in a word
 
-cdef Run run
+cdef KernelFunction run
 
 
 def use_kernels(module):
     """Call the kernels of this module, one of fastbn._kernels_*, from now on."""
     global run
-    run = <Run>PyCapsule_GetPointer(module.kernel, "fastbn._kernels.run")
+    run = <KernelFunction>PyCapsule_GetPointer(module.kernel, "fastbn._kernels.run")
 
 
 use_kernels(_dispatch.kernels)
