@@ -1,0 +1,95 @@
+# Where results go: memory of their own, or what out= names.
+
+
+cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
+    """Return an uninitialised array, laid out in memory as another.
+
+    Packs of it are aligned where those of `beside` are, so that both can be written past the cache.
+    """
+    if cnp.PyArray_NBYTES(memory) > RECYCLED:
+        if beside is None:
+            return _blocks.empty_like(memory)
+        return _blocks.empty_like(
+            memory, <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>_blocks.ALIGNMENT
+        )
+    if cnp.PyArray_IS_C_CONTIGUOUS(memory):
+        return cnp.PyArray_EMPTY(
+            cnp.PyArray_NDIM(memory), cnp.PyArray_DIMS(memory), cnp.PyArray_TYPE(memory), 0
+        )
+    return np.empty_like(memory, subok=False)
+
+
+cdef bint may_share(cnp.ndarray a, cnp.ndarray b):
+    """Whether the stretches of memory that two arrays lie in overlap."""
+    cdef char* low[2]
+    cdef char* high[2]
+    cdef cnp.ndarray array
+    cdef cnp.npy_intp span
+    cdef int i, which
+    for which in range(2):
+        array = a if which == 0 else b
+        if cnp.PyArray_SIZE(array) == 0:
+            return False
+        low[which] = <char*>cnp.PyArray_DATA(array)
+        high[which] = low[which] + cnp.PyArray_ITEMSIZE(array)
+        for i in range(cnp.PyArray_NDIM(array)):
+            span = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
+            if span < 0:
+                low[which] += span
+            else:
+                high[which] += span
+    return low[0] < high[1] and low[1] < high[0]
+
+
+cdef bint is_safe_target(cnp.ndarray out, cnp.ndarray source):
+    """Whether elements can be written into out while source is still read.
+
+    They can where the two are the same elements, or share none.
+    """
+    return (
+        cnp.PyArray_DATA(out) == cnp.PyArray_DATA(source) and same_memory_order(out, source)
+        or not may_share(out, source)
+    )
+
+
+cdef cnp.ndarray target(object out, cnp.ndarray memory, cnp.ndarray other):
+    """Return out where the kernel can write it directly, else a fresh array."""
+    if (
+        out is not None
+        and is_ready(out)
+        and same_memory_order(out, memory)
+        and is_safe_target(out, memory)
+        and (other is None or is_safe_target(out, other))
+    ):
+        return out
+    return fresh_like(memory)
+
+
+cdef object deliver(cnp.ndarray result, object out):
+    if out is None or result is out:
+        return result
+    np.copyto(out, result)
+    return out
+
+
+cdef cnp.ndarray gradient(double* values, cnp.ndarray like, Cache cache):
+    """Return the gradient of a parameter, summed over the groups, in its shape and dtype."""
+    cdef cnp.npy_intp size = cache.channels
+    cdef cnp.ndarray array
+    cdef Py_ssize_t c
+    for c in range(size, cache.groups * size):
+        values[c % size] += values[c]
+    if like is None or cnp.PyArray_SIZE(like) != size:  # None, or resized since
+        array = cnp.PyArray_EMPTY(
+            1, &size, cnp.NPY_FLOAT64 if cache.type == FLOAT64 else cnp.NPY_FLOAT32, 0
+        )
+    else:
+        array = cnp.PyArray_EMPTY(
+            cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), cnp.PyArray_TYPE(like), 0
+        )
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
+        for c in range(size):
+            (<float*>cnp.PyArray_DATA(array))[c] = <float>values[c]
+    else:
+        cnp.PyArray_CopyAnyInto(array, float64s(size, values))
+    return array
