@@ -104,9 +104,11 @@ class Norm(ABC):
     def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
         """Normalise x."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        """Return ``forward(...)``, also where a subclass has a forward of its own."""
-        return self.forward(*args, **kwargs)
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have calls run `forward`, also where a subclass has one of its own."""
+        super().__init_subclass__(**options)
+        if "__call__" not in vars(cls):
+            setattr(cls, "__call__", cls.forward)  # noqa: B010  mypy knows it from the classes
 
     @abstractmethod
     def _group_size(self, x: Array, mask: ArrayLike | None) -> int | None:
@@ -241,18 +243,18 @@ class Norm(ABC):
                 f"unknown: {', '.join(sorted(map(str, state.keys() - expected.keys()))) or 'none'}"
             )
         targets = self._state()
+        for name, target in targets.items():
+            fits = isinstance(target, np.ndarray) and target.dtype.kind == "f"
+            if not (fits and target.shape == (self.num_features,) and target.flags.writeable):
+                raise ValueError(
+                    f"{name}: expected the layer to have a writeable array of floats of shape "
+                    f"({self.num_features},), got {target!r:.60}"
+                )
         # Copies of the final type: nothing can fail, and nothing alias, once writing begins.
         checked = {
             name: np.array(as_values(name, state[name], self.num_features), target.dtype)
             for name, target in targets.items()
         }
-        for name, target in targets.items():
-            if target.shape != (self.num_features,) or not target.flags.writeable:
-                what = f"shape {target.shape}" if target.flags.writeable else "a read-only one"
-                raise ValueError(
-                    f"{name}: expected the layer to have a writeable array of shape "
-                    f"({self.num_features},), got {what}"
-                )
         if "running_var" in checked and (checked["running_var"] < 0).any():
             raise ValueError(
                 f"running_var: expected values >= 0, got {checked['running_var'].min()}"
@@ -319,11 +321,11 @@ def as_eps(name: str, value: Any) -> float:
     return number
 
 
-def as_array(name: str, value: ArrayLike) -> Array:
+def as_array(name: str, value: ArrayLike, of: str = "numbers") -> Array:
     try:
         return np.asarray(value)
     except ValueError as error:  # nested lists of unequal lengths
-        raise ValueError(f"{name}: expected an array_like of numbers, got {error}") from None
+        raise ValueError(f"{name}: expected an array_like of {of}, got {error}") from None
 
 
 def as_values(name: str, value: ArrayLike, count: int) -> Array:

@@ -125,17 +125,16 @@ def load(path: str | os.PathLike[str], objects: Mapping[str, Stateful]) -> None:
         )
     with ExitStack() as undo:
         for name, state in states.items():
-            undo.callback(_take_back, objects[name], before[name])
             try:
                 objects[name].load_state_dict(state)
-            except Exception as error:
+            except BaseException as error:
+                with suppress(Exception):  # it may refuse what it had as well, for the same reason
+                    objects[name].load_state_dict(before[name])
+                if not isinstance(error, Exception):
+                    raise
                 raise ValueError(f"{path}: {name}: {error}") from error
+            undo.callback(objects[name].load_state_dict, before[name])
         undo.pop_all()
-
-
-def _take_back(each: Stateful, state: Mapping[str, Any]) -> None:
-    with suppress(Exception):  # what an object can take no state at all for was said before
-        each.load_state_dict(state)
 
 
 def _path(path: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -51,7 +51,7 @@ class BatchNorm(Norm):
         What follows, as in `batch_norm`; the layer is then normalisation and activation in one.
     virtual_batch_size : int or None
         In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
-        The running statistics are those of the whole minibatch all the same, pooled exactly.
+        The running statistics are those of the whole minibatch all the same.
 
     Attributes
     ----------
@@ -150,10 +150,10 @@ class BatchNorm(Norm):
         size = self.virtual_batch_size if self.training else None
         count, why = x.size // self.num_features, ""
         if mask is not None:
-            mask = as_array("mask", mask)
+            mask = as_array("mask", mask, "bool")
             if mask.dtype == bool:  # others will be refused
                 count = min(count, int(np.count_nonzero(mask)))
-            why = f", of which mask leaves {count}"
+                why = f", of which mask leaves {count}"
         elif size is not None and x.ndim > 1:
             examples = x.shape[-1 if self.axis in (0, -x.ndim) else 0]
             count = min(examples % size or size, examples) * (count // max(1, examples))
@@ -484,10 +484,10 @@ def update_statistics(
 ) -> None:
     """Replace running statistics by the exact ones over a data set ("precise batch norm").
 
-    Each minibatch goes through the network in training mode, normalised by itself; means and
-    variances of what the batch norms saw are pooled exactly (`merge_moments`), instead of fading
-    away as new minibatches come. Nothing else changes: modes, other running statistics, and what
-    `backward` would go back through are afterwards what they were.
+    Each minibatch goes through the network with its norms in training mode, normalised by itself;
+    means and variances of what the batch norms saw are pooled (`merge_moments`), instead of fading
+    away as new minibatches come. Nothing else of the norms changes: modes, other running statistics
+    and what their `backward` goes back through are afterwards what they were.
 
     Parameters
     ----------
@@ -501,7 +501,7 @@ def update_statistics(
     Raises
     ------
     TypeError, ValueError
-        If an argument is no sequence, no layer is a `BatchNorm` with running statistics, there are
+        If an argument is no iterable, no layer is a `BatchNorm` with running statistics, there are
         no batches, or the network leaves one of them out. Nothing is changed then, nor if `forward`
         fails.
 
@@ -518,11 +518,8 @@ def update_statistics(
     >>> bn.running_mean, bn.running_var
     (array([4.]), array([6.66666667]))
     """
-    given: dict[str, Any] = {"layers": layers, "batches": batches}
-    for name, value in given.items():
-        if not isinstance(value, Iterable):
-            raise TypeError(f"{name}: expected a sequence, got {type(value).__name__}")
-    layers = list(layers)
+    layers = list(_iterator("layers", layers))
+    batches = _iterator("batches", batches)
     norms = [n for n in layers if isinstance(n, BatchNorm) and n.track_running_stats]
     if not norms:
         raise ValueError("layers: expected a BatchNorm with running statistics, got none")
@@ -532,7 +529,7 @@ def update_statistics(
             batch = layer(batch) if callable(layer) else layer.forward(batch)
 
     keeping = [n for n in layers if isinstance(n, Norm)]  # no other norm must move either
-    before = [(norm.training, norm._cache) for norm in keeping]
+    before = [(norm.training, norm._cache, norm._seen) for norm in keeping]
     try:
         for norm in keeping:
             norm._seen = []
@@ -541,9 +538,8 @@ def update_statistics(
             (forward or one_after_the_other)(batch)
         seen = [norm._seen or [] for norm in norms]
     finally:
-        for norm, (mode, cache) in zip(keeping, before, strict=True):
-            norm._seen, norm._cache = None, cache
-            norm.train(mode)
+        for norm, state in zip(keeping, before, strict=True):
+            norm.training, norm._cache, norm._seen = state
     if not all(seen):
         raise ValueError(
             "batches: expected one or more that go through every BatchNorm in layers, "
@@ -551,7 +547,14 @@ def update_statistics(
         )
     for norm, moments in zip(norms, seen, strict=True):
         mean, var, count = functional.merge_moments(*moments)
-        state = norm._state()
-        state["running_mean"][...] = mean
-        state["running_var"][...] = var * (count / (count - 1))
+        arrays = norm._state()
+        arrays["running_mean"][...] = mean
+        arrays["running_var"][...] = var * (count / (count - 1))
         norm.num_batches_tracked = len(moments)
+
+
+def _iterator(name: str, value: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an iterable, got {type(value).__name__}") from None

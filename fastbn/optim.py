@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from itertools import combinations
-from math import cos, isfinite, pi, sqrt
+from math import cos, inf, isfinite, pi, sqrt
 from sys import float_info
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -39,7 +39,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], bool]]] = {
     "betas": ("two numbers >= 0 and < 1", tuple, lambda x: len(x) == 2 and _shares(x)),
     "nesterov": ("True or False", bool, lambda _: True),
     "max_norm": ("a finite number > 0", float, lambda x: 0 < x <= float_info.max),
-    **dict.fromkeys(("every", "epochs"), ("an integer >= 1", int, lambda x: x >= 1)),
+    **dict.fromkeys(("every", "epochs"), ("an integer >= 1", int, lambda x: 1 <= x < 2**63)),
 }
 
 
@@ -122,10 +122,11 @@ class Optimizer(ABC):
             for name in layer.params
         ]
         arrays = [(q.where, q.layer.params[q.name]) for q in self._parameters]
-        grads = [(q.where_grad, q.layer.grads.get(q.name)) for q in self._parameters]
-        arrays += [(where, g) for where, g in grads if isinstance(g, np.ndarray)]
+        # A gradient of another shape only holds the place until there is one.
+        grads = [(q.where_grad, q.layer.grads.get(q.name), q.shape) for q in self._parameters]
+        arrays += [(at, g) for at, g, shape in grads if g is not None and np.shape(g) == shape]
         for (first, a), (second, b) in combinations(arrays, 2):
-            if np.shares_memory(a, b):
+            if np.may_share_memory(a, b) and np.shares_memory(a, b):
                 raise ValueError(f"{second}: expected memory of its own, got that of {first}")
         self._state = {key: array for q in self._parameters for key, array in q.state.items()}
         self.stepping: tuple[Layer, ...] = ()
@@ -452,11 +453,12 @@ def cosine_decay(lr: float, epoch: float, epochs: int, lr_min: float = 0.0) -> f
 
 def _grown(lr: float, name: str, factor: float, times: float) -> float:
     try:
-        return float(lr * _checked(name, factor) ** times)
+        grown = float(lr * _checked(name, factor) ** times)
     except OverflowError:
-        raise ValueError(
-            f"{name}: expected one whose power {times:g} float64 can hold, got {factor}"
-        ) from None
+        grown = inf
+    if grown == inf:
+        raise ValueError(f"{name}: expected one whose power {times:g} is finite, got {factor}")
+    return grown
 
 
 def _layers(layers: Any) -> tuple[Layer, ...]:
@@ -496,5 +498,7 @@ def _checked(name: str, value: Any) -> Any:
     given = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     fits = type(given) is kind or (type(given), kind) in {(int, float), (list, tuple)}
     if not fits or not holds(given):
+        if type(given) is int and abs(given) >= 2**63:  # Python may refuse to print it
+            raise ValueError(f"{name}: expected {words}, got an integer of 64 bits or more")
         raise (ValueError if fits else TypeError)(f"{name}: expected {words}, got {value!r}")
     return kind(given)

@@ -266,9 +266,15 @@ def test_decays_refuse_what_is_no_rate_or_epoch(decay):
         (
             lambda: optim.exponential_decay(0.1, 1e5, 2.0),
             ValueError,
-            "rate: expected one whose power 100000 float64 can hold, got 2.0",
+            "rate: expected one whose power 100000 is finite, got 2.0",
         ),
         (lambda: optim.staircase_decay(0.1, 1e5, 1e99), ValueError, "factor: expected one whose"),
+        (lambda: optim.exponential_decay(1e300, 1, 1e300), ValueError, "rate: expected one whose"),
+        (
+            lambda: optim.cosine_decay(0.1, 1, epochs=10**5000),
+            ValueError,
+            "epochs: expected an integer >= 1, got an integer of 64 bits or more",
+        ),
         (
             lambda: optim.staircase_decay(0.1, 1, every=0),
             ValueError,

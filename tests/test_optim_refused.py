@@ -71,6 +71,16 @@ def test_refused_layers(layers, error, message):
         optim.SGD(layers, lr=0.1)
 
 
+def test_a_gradient_that_holds_the_place_may_be_shared():
+    nothing = np.zeros(())
+    params = {"W": np.ones((2, 3)), "b": np.ones(2)}
+    layer = SimpleNamespace(params=params, grads=dict.fromkeys(params, nothing))
+    opt = optim.SGD(layer, lr=0.5)
+    layer.grads = {name: np.ones_like(p) for name, p in params.items()}
+    opt.step()
+    np.testing.assert_array_equal(params["b"], 0.5)
+
+
 def test_interleaved_arrays_of_one_buffer_are_no_overlap():
     buffer = np.zeros(10)
     layer = layer_of(a=buffer[::2], c=buffer[1::2])
@@ -141,7 +151,7 @@ def test_numbers_may_be_of_numpy_and_are_checked_when_set():
     assert type(opt.lr) is float
     with pytest.raises(ValueError, match="lr: expected a finite number >= 0, got -2"):
         opt.lr = -2
-    with pytest.raises(ValueError, match=r"lr: expected a finite number >= 0, got 10{400}"):
+    with pytest.raises(ValueError, match="lr: expected a finite number >= 0, got an integer"):
         opt.lr = 10**400
     with pytest.raises(ValueError, match="momentum: expected a number >= 0 and < 1, got 3"):
         opt.momentum = 3
