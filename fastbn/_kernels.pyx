@@ -418,8 +418,8 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 cdef void write_all(Work* w, Py_ssize_t count) noexcept nogil:
     """Cut what is to be written into units of whole lines of the cache, as far as those go."""
-    w.step = WRITE
     cdef Py_ssize_t units = UNITS_PER_THREAD * w.threads if w.threads > 1 else 1
+    w.step = WRITE
     w.per_unit = ceil_div(ceil_div(count, units), 64) * 64
     run_units(do_unit, w, ceil_div(count, w.per_unit), w.threads)
 

@@ -158,7 +158,7 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
     cdef const real* last_x = x + w.full_rows * w.stride
     cdef const real* last_dy
     cdef Py_ssize_t bit
-    cdef double n, block_n, g
+    cdef double n, block_n, distance, g
     for block in range(1, w.blocks):
         merge_lanes(w, block)
     for c in range(w.begin, w.end):
@@ -173,8 +173,8 @@ cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
                 j = (f * channels + c - w.begin) * job.inner + i
                 if dy == NULL:
                     if j < w.tail:
-                        g = value_of(last_x + j) - value_of(x + j)
-                        merge(&a[j], &b[j], w.full_rows, g, 0, 1)
+                        distance = value_of(last_x + j) - value_of(x + j)
+                        merge(&a[j], &b[j], w.full_rows, distance, 0, 1)
                     block_n = w.full_rows + (j < w.tail)
                     merge(
                         &first[c], &second[c], n, value_of(x + j) - job.mean_low[c] + a[j], b[j],

@@ -126,7 +126,7 @@ class Optimizer(ABC):
         grads = [(q.where_grad, q.layer.grads.get(q.name), q.shape) for q in self._parameters]
         arrays += [(at, g) for at, g, shape in grads if g is not None and np.shape(g) == shape]
         for (first, a), (second, b) in combinations(arrays, 2):
-            if np.may_share_memory(a, b) and np.shares_memory(a, b):
+            if np.shares_memory(a, b):
                 raise ValueError(f"{second}: expected memory of its own, got that of {first}")
         self._state = {key: array for q in self._parameters for key, array in q.state.items()}
         self.stepping: tuple[Layer, ...] = ()
@@ -498,7 +498,7 @@ def _checked(name: str, value: Any) -> Any:
     given = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     fits = type(given) is kind or (type(given), kind) in {(int, float), (list, tuple)}
     if not fits or not holds(given):
-        if type(given) is int and abs(given) >= 2**63:  # Python may refuse to print it
-            raise ValueError(f"{name}: expected {words}, got an integer of 64 bits or more")
-        raise (ValueError if fits else TypeError)(f"{name}: expected {words}, got {value!r}")
+        huge = type(given) is int and abs(given) >= 2**63  # Python may refuse to print it
+        got = "an integer of 64 bits or more" if huge else repr(value)
+        raise (ValueError if fits else TypeError)(f"{name}: expected {words}, got {got}")
     return kind(given)
