@@ -67,7 +67,7 @@ def tsan(session):
     compiler = [*shlex.split(os.environ.get("CXX", "g++")), "-fsanitize=thread"]
     program = str(Path(session.create_tmp(), "pool_stress").resolve())
     session.run(
-        *compiler, "-O1", "-g", "-std=c++17", "-pthread", "-Wall", "-Werror", "-Ifastbn",
+        *compiler, "-O1", "-g", "-std=c++17", "-pthread", "-Wall", "-Werror", "-Ifastbn/runtime",
         "tests/pool_stress.cpp", "-o", program,
         external=True,
     )  # fmt: skip

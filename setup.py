@@ -1,14 +1,18 @@
-"""Build the compiled modules: one kernel source, once per instruction set.
+"""Build the compiled modules: each .pyx is one, and kernels.pyx one for each instruction set.
 
 Everything static stands in pyproject.toml; what stands here depends on the compiler and machine.
 """
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy
@@ -83,52 +87,68 @@ DIRECTIVES = {
 }
 
 
-class BuildExt(build_ext):
-    """Probe the compiler, then translate and compile each module in a directory of its own."""
+class VariantExtension(Extension):
+    """A compiled module, and the instruction set that it is compiled for."""
 
-    def run(self) -> None:
-        super().run()
-        # `python -m fastbn` in the checkout imports the package beside it, not the installed one.
-        self.copy_extensions_to_source()
+    variant: Variant
+
+
+class BuildExt(build_ext):
+    """Probe the compiler, then translate and compile each module, several at once."""
+
+    translating = Lock()  # Cython is not made for several threads; compilers run beside it
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self) -> None:
-        msvc = self.compiler.compiler_type == "msvc"
-        flags = MSVC_FLAGS if msvc else GCC_FLAGS
-        if not self._compiles(CPLUSPLUS_PROBE, flags):
+        self.msvc = self.compiler.compiler_type == "msvc"
+        self.flags = MSVC_FLAGS if self.msvc else GCC_FLAGS
+        if not self.compiles(CPLUSPLUS_PROBE, self.flags):
             raise PlatformError(
                 "fastbn needs a C++17 compiler, and the one found here did not compile a "
-                f"ten-line program with {' '.join(flags)}. Install g++ 7 or later "
+                f"ten-line program with {' '.join(self.flags)}. Install g++ 7 or later "
                 "(Debian: apt-get install g++), clang 5 or later (macOS: xcode-select --install), "
                 "or Visual Studio 2019 or later, or point CXX at one."
             )
-        built = []
-        for extension in self.extensions:
-            variant = next(v for v in VARIANTS if v.isa == extension.isa)
-            own = variant.msvc_flags if msvc else variant.gcc_flags
-            if not self._compiles(variant.probe, flags + own):
-                print(
-                    f"fastbn: the compiler does not know {variant.isa} ({' '.join(own)}); "
-                    f"{extension.name} is left out and CPUs with it run a slower variant.",
-                    file=sys.stderr,
-                )
-                continue
-            extension.extra_compile_args = flags + own
-            if not msvc:
-                extension.extra_link_args = ["-pthread"]
-            # The same source becomes several modules, so each needs its own generated file.
-            directory = str(Path(self.build_temp) / "cython" / variant.isa)
+        self.extensions[:] = [each for each in self.extensions if self.can_compile(each)]
+        # The largest first, so that no thread has it alone at the end.
+        self.extensions.sort(key=lambda each: each.variant.isa, reverse=True)
+        super().build_extensions()
+
+    def build_extension(self, extension: VariantExtension) -> None:
+        extension.extra_compile_args = self.flags + self.own_flags(extension.variant)
+        if not self.msvc:
+            extension.extra_link_args = ["-pthread"]
+        # The same source becomes several modules, so each needs its own generated file.
+        directory = str(Path(self.build_temp, "cython", extension.name))
+        with self.translating:
             [translated] = cythonize(
                 [extension], build_dir=directory, compiler_directives=DIRECTIVES
             )
-            extension.sources = translated.sources
-            built.append(extension)
-        self.extensions[:] = built
-        super().build_extensions()
+        extension.sources = translated.sources
+        super().build_extension(extension)
 
-    def _compiles(self, source: str, flags: list[str]) -> bool:
+    def own_flags(self, variant: Variant) -> list[str]:
+        return variant.msvc_flags if self.msvc else variant.gcc_flags
+
+    def can_compile(self, extension: VariantExtension) -> bool:
+        variant = extension.variant
+        flags = self.own_flags(variant)
+        known = self.compiles(variant.probe, self.flags + flags)
+        if not known:
+            print(
+                f"fastbn: the compiler does not know {variant.isa} ({' '.join(flags)}); "
+                f"{extension.name} is left out and CPUs with it run a slower variant.",
+                file=sys.stderr,
+            )
+        return known
+
+    def compiles(self, source: str, flags: list[str]) -> bool:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "probe.cpp"
-            path.write_text(source)
+            path.write_text(source, encoding="utf-8")
             try:
                 self.compiler.compile([str(path)], output_dir=directory, extra_postargs=flags)
             except CompileError:
@@ -136,35 +156,43 @@ class BuildExt(build_ext):
         return True
 
 
-def extension(module: str, source: str, variant: Variant = VARIANTS[0]) -> Extension:
-    """One compiled module; `isa` tells BuildExt which variant's flags it gets."""
-    built = Extension(
-        f"fastbn.{module}",
-        [f"fastbn/{source}.pyx"],
+KERNELS = Path("fastbn/kernels/kernels.pyx")
+HEADERS = sorted(p for kind in ("hpp", "pxd", "pxi") for p in Path("fastbn").rglob(f"*.{kind}"))
+
+
+def module(name: str, source: Path, variant: Variant = VARIANTS[0]) -> VariantExtension:
+    """Describe one compiled module."""
+    extension = VariantExtension(
+        name,
+        [source.as_posix()],
         language="c++",
-        include_dirs=[numpy.get_include(), "fastbn"],
-        depends=[
-            str(path)
-            for pattern in ("*.hpp", "*.pxd", "*.pxi")
-            for path in Path("fastbn").glob(pattern)
-        ],
+        include_dirs=[numpy.get_include(), *sorted({str(path.parent) for path in HEADERS})],
+        depends=[str(path) for path in HEADERS],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
     )
-    built.isa = variant.isa
-    return built
+    extension.variant = variant
+    return extension
 
+
+options = {}
+if "sdist" not in sys.argv:  # `pip install .` shall leave nothing in the source tree
+    outside = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, outside, ignore_errors=True)
+    options = {"build": {"build_base": outside}, "egg_info": {"egg_base": outside}}
 
 setup(
     ext_modules=[
-        extension("_cpu", "_cpu"),
-        extension("_pool", "_pool"),
-        extension("_updates", "_updates"),
-        extension("functional", "functional"),
         *(
-            extension(f"_kernels_{variant.isa}", "_kernels", variant)
+            module(".".join(source.with_suffix("").parts), source)
+            for source in sorted(Path("fastbn").rglob("*.pyx"))
+            if source != KERNELS
+        ),
+        *(
+            module(f"fastbn.kernels.{variant.isa}", KERNELS, variant)
             for variant in VARIANTS
             if not variant.machines or MACHINE in variant.machines
         ),
     ],
     cmdclass={"build_ext": BuildExt},
+    options=options,
 )

@@ -3,9 +3,6 @@
 from contextlib import suppress
 
 from fastbn import optim
-from fastbn._blocks import set_recycling
-from fastbn._dispatch import runtime_info
-from fastbn._pool import get_num_threads, set_num_threads
 from fastbn.checkpoint import load, save
 from fastbn.functional import (
     Moments,
@@ -20,7 +17,10 @@ from fastbn.functional import (
     merge_moments,
     normalize,
 )
-from fastbn.layer import BatchNorm, InstanceNorm, update_statistics
+from fastbn.kernels.variants import runtime_info
+from fastbn.layers import BatchNorm, InstanceNorm, update_statistics
+from fastbn.runtime.memory import set_recycling
+from fastbn.runtime.pool import get_num_threads, set_num_threads
 
 __all__ = [
     "BatchNorm",
@@ -48,4 +48,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 with suppress(ImportError, AttributeError):  # threadpoolctl is not installed, or too old
-    from fastbn import _controller  # noqa: F401
+    from fastbn.runtime import controller  # noqa: F401

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn._files import write_atomically
+from fastbn.files import write_atomically
 
 _METADATA = "fastbn"  # one key, as safetensors writes several in any order
 

@@ -5,7 +5,8 @@ import pytest
 from support import BFLOAT16, KERNELS
 
 import fastbn
-from fastbn import _dispatch, functional
+from fastbn import functional
+from fastbn.kernels import variants
 
 # A job in the background of a shell may ignore it, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -24,7 +25,7 @@ def variant(request):
         pytest.skip(f"{request.param} is not built or does not run on this machine")
     functional.use_kernels(KERNELS[request.param])
     yield request.param
-    functional.use_kernels(_dispatch.kernels)
+    functional.use_kernels(variants.kernels)
 
 
 @pytest.fixture(params=[1, 2, 3, 7])

@@ -229,7 +229,7 @@ def results_of_optimizers(dtype):
             opt.register_step_pre_hook(fastbn.optim.GradientClipping(8.0))
             opt.register_step_pre_hook(fastbn.optim.WeightDecay(0.125))
         for step in range(5):
-            for key, grad in layer.grads.items():
+            for grad in layer.grads.values():
                 grad[...] = floats(grad.shape, dtype, step)
             opt.step()
         state = {k: v for k, v in opt.state_dict().items() if isinstance(v, np.ndarray)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastbn import optim
-from fastbn._hooks import HookList
+from fastbn.hooks import HookList
 
 
 class FakeLayer:

@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "_pool.hpp"
+#include "pool.hpp"
 
 struct Job {
     std::vector<long> results;  // plain: a unit that two threads compute is a race

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbn._dispatch import available_isas
+from fastbn.kernels.variants import available_isas
 
 try:
     import ml_dtypes
 except ImportError:
     ml_dtypes = None
 
-KERNELS = {isa: import_module(f"fastbn._kernels_{isa}") for isa in available_isas()}
+KERNELS = {isa: import_module(f"fastbn.kernels.{isa}") for isa in available_isas()}
 
 BFLOAT16 = ml_dtypes and np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)]
@@ -24,7 +24,9 @@ DTYPES += [BFLOAT16] if ml_dtypes else []
 
 # Above so many bytes of x and result several threads are used; tests of those follow a change.
 ENOUGH = float(
-    re.search(r"ENOUGH = (\S+)", (Path(__file__).parent.parent / "fastbn/_pool.pyx").read_text())[1]
+    re.search(
+        r"ENOUGH = (\S+)", (Path(__file__).parent.parent / "fastbn/runtime/pool.pyx").read_text()
+    )[1]
 )
 
 # mean / std of the minibatches for which the numerical promises are made

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from support import DTYPES, KERNELS, MEANS_AND_STDS, assert_close
 
 import fastbn
-from fastbn import _dispatch, functional, reference
+from fastbn import functional, reference
+from fastbn.kernels import variants
 
 LAYOUTS = {
     "NCHW": ((6, 5, 20, 20), 1),
@@ -126,7 +127,7 @@ def test_threads_and_variants_change_no_bit(shape, last, size, activation, dtype
                 )
                 results.add(b"".join(a.tobytes() for a in everything))
     finally:
-        functional.use_kernels(_dispatch.kernels)
+        functional.use_kernels(variants.kernels)
         fastbn.set_num_threads(before)
     assert len(results) == 1
 

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from fastbn._hooks import HookList
+from fastbn.hooks import HookList
 
 
 def test_hooks_run_in_order_of_registration():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from optim_cases import FakeLayer, assert_same, layer_of, padded, snapshot, variants
 
-from fastbn import _updates, optim
-from fastbn._hooks import HookList
+from fastbn import optim
+from fastbn.hooks import HookList
+from fastbn.optim import updates
 
 # Weight decay.
 
@@ -157,7 +158,7 @@ def test_sum_of_squares_is_exact_in_effect_for_every_length(dtype):
     for n in range(40):
         g = rng.standard_normal(n).astype(dtype)
         expected = float(np.sum(g.astype(np.longdouble) ** 2))
-        assert _updates.sum_of_squares(g) == pytest.approx(expected, rel=1e-14, abs=0)
+        assert updates.sum_of_squares(g) == pytest.approx(expected, rel=1e-14, abs=0)
 
 
 # Hooks and attach.

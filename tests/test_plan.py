@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fastbn._plan import plan
+from fastbn.functional.plan import plan
 
 
 def of(array, axis):

@@ -11,7 +11,7 @@ import pytest
 from support import ENOUGH, python
 
 import fastbn
-from fastbn import _pool
+from fastbn.runtime import pool
 
 posix = pytest.mark.skipif(os.name != "posix", reason="fork and signals are of POSIX")
 
@@ -79,9 +79,9 @@ def test_a_bad_fastbn_num_threads_is_an_import_error(value):
 def test_a_malformed_omp_num_threads_is_ignored(value, monkeypatch):
     monkeypatch.delenv("FASTBN_NUM_THREADS", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    wanted = _pool.default_num_threads()
+    wanted = pool.default_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert _pool.default_num_threads() == wanted
+    assert pool.default_num_threads() == wanted
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
@@ -101,7 +101,7 @@ def granted(tmp_path, membership, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
     (tmp_path / "membership").write_text(membership)
-    return _pool.cpus_of_control_group(tmp_path / "root", tmp_path / "membership")
+    return pool.cpus_of_control_group(tmp_path / "root", tmp_path / "membership")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_an_odd_membership_is_no_error(tmp_path, membership):
 
 def test_a_membership_that_is_no_text_is_no_error(tmp_path):
     (tmp_path / "membership").write_bytes(b"0::/\xff\n")  # names of directories are any bytes
-    assert _pool.cpus_of_control_group(tmp_path, tmp_path / "membership") is None
+    assert pool.cpus_of_control_group(tmp_path, tmp_path / "membership") is None
 
 
 def test_a_system_without_control_groups_has_no_limit(tmp_path):
-    assert _pool.cpus_of_control_group(tmp_path / "root", tmp_path / "missing") is None
+    assert pool.cpus_of_control_group(tmp_path / "root", tmp_path / "missing") is None
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(0.2, 1), (1.0, 1), (1.5, 2), (1e9, None)])
@@ -167,8 +167,8 @@ def test_a_quota_is_rounded_up_and_never_more_than_the_cpus(monkeypatch, quota, 
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("no affinity on this system")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(_pool, "cpus_of_control_group", lambda: quota)
-    assert _pool.default_num_threads() == (expected or 8)
+    monkeypatch.setattr(pool, "cpus_of_control_group", lambda: quota)
+    assert pool.default_num_threads() == (expected or 8)
 
 
 # ---------------------------------------------------------------------------------- threadpoolctl

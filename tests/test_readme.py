@@ -39,7 +39,15 @@ def test_the_commands_of_the_readme_stand_on_one_line_each(extra):
 
 
 @pytest.mark.parametrize(
-    "name", ["_dispatch", "checkpoint", "functional", "layer", "optim", "reference"]
+    "name",
+    [
+        "kernels.variants",
+        "checkpoint",
+        "functional",
+        "layers.layer",
+        "optim.optimizers",
+        "reference",
+    ],
 )
 def test_the_examples_of_the_docstrings_hold(name):
     module = import_module(f"fastbn.{name}")

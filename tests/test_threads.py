@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from support import DTYPES, ENOUGH, KERNELS, assert_close, exact_batch_norm
 
 import fastbn
-from fastbn import _dispatch, functional
+from fastbn import functional
+from fastbn.kernels import variants
 
 TARGETS = ["fresh", "in place", "misaligned"]
 
@@ -65,7 +66,7 @@ def assert_same_bits(numbers, *arguments):
                 differ = [i for i, a in enumerate(actual) if a != wanted[i]]
                 assert not differ, f"results {differ} differ: {isa}, {n} threads"
     finally:
-        functional.use_kernels(_dispatch.kernels)
+        functional.use_kernels(variants.kernels)
         fastbn.set_num_threads(before)
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import _files
+from fastbn import files
 from fastbn.demo import DemoError
 
 
@@ -59,7 +59,7 @@ def check_writable(path: Path, *, option: str) -> None:
         If it will not.
     """
     with refusals(path, option):
-        _files.check_writable(path)
+        files.check_writable(path)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, option: str) -> None:
@@ -71,7 +71,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, option
         If the operating system refuses; the old file is untouched then.
     """
     with refusals(path, option):
-        _files.write_atomically(path, write)
+        files.write_atomically(path, write)
 
 
 @contextmanager

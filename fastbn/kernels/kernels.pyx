@@ -46,8 +46,8 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uint16_t
 from libc.stdlib cimport free, malloc
 
-from fastbn._cpu cimport cache_size
-from fastbn._job cimport (
+from fastbn.runtime.cpu cimport cache_size
+from fastbn.kernels.job cimport (
     APPLY,
     BACKWARD,
     BACKWARD_FIXED,
@@ -58,9 +58,9 @@ from fastbn._job cimport (
     INFERENCE,
     Job,
 )
-from fastbn._pool cimport run_units, threads_for
+from fastbn.runtime.pool cimport run_units, threads_for
 
-cdef extern from "_simd.hpp" namespace "fastbn" nogil:
+cdef extern from "packs.hpp" namespace "fastbn" nogil:
     cdef cppclass Half:
         pass
     cdef cppclass Bfloat:
@@ -424,8 +424,8 @@ cdef void write_all(Work* w, Py_ssize_t count) noexcept nogil:
     run_units(do_unit, w, ceil_div(count, w.per_unit), w.threads)
 
 
-include "_runs.pxi"
-include "_rows.pxi"
+include "runs.pxi"
+include "rows.pxi"
 
 
 # ---------------------------------------------------------------------------------- entry points
@@ -590,5 +590,5 @@ cdef int run(Job* job) noexcept nogil:
     return 0
 
 
-# What `functional` calls: a function of the type KernelFunction in _job.pxd.
-kernel = PyCapsule_New(<void*>run, "fastbn._kernels.run", NULL)
+# What `functional` calls: a function of the type KernelFunction in job.pxd.
+kernel = PyCapsule_New(<void*>run, "fastbn.kernels.run", NULL)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastbn._cpu import cpu_features
-from fastbn._pool import get_num_threads
+from fastbn.runtime.cpu import cpu_features
+from fastbn.runtime.pool import get_num_threads
 
 # The variants, slowest first, and the CPU features that each needs.
 NEEDED = {
@@ -26,7 +26,7 @@ def available_isas() -> list[str]:
     return [
         isa
         for isa, needed in NEEDED.items()
-        if needed <= features and find_spec(f"fastbn._kernels_{isa}")
+        if needed <= features and find_spec(f"fastbn.kernels.{isa}")
     ]
 
 
@@ -49,7 +49,7 @@ def _pick() -> str:
 
 
 isa = _pick()
-kernels = import_module(f"fastbn._kernels_{isa}")
+kernels = import_module(f"fastbn.kernels.{isa}")
 
 
 def runtime_info() -> dict[str, Any]:

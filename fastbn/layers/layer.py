@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import functional
-from fastbn._norm import Array, Norm, as_array, as_eps, as_integer, as_number, as_values
+from fastbn.layers.norm import Array, Norm, as_array, as_eps, as_integer, as_number, as_values
 
 if TYPE_CHECKING:
     from fastbn.functional import Activation, Cache

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional
-from fastbn._hooks import Handle, HookList
+from fastbn.hooks import Handle, HookList
 
 if TYPE_CHECKING:
     from fastbn.functional import Activation, Cache, Moments

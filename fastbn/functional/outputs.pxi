@@ -8,9 +8,9 @@ cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
     """
     if cnp.PyArray_NBYTES(memory) > RECYCLED:
         if beside is None:
-            return _blocks.empty_like(memory)
-        return _blocks.empty_like(
-            memory, <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>_blocks.ALIGNMENT
+            return memory_of_results.empty_like(memory)
+        return memory_of_results.empty_like(
+            memory, <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>memory_of_results.ALIGNMENT
         )
     if cnp.PyArray_IS_C_CONTIGUOUS(memory):
         return cnp.PyArray_EMPTY(

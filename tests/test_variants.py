@@ -7,8 +7,8 @@ import pytest
 from support import python
 
 import fastbn
-from fastbn._cpu import cpu_features
-from fastbn._dispatch import NEEDED, available_isas
+from fastbn.kernels.variants import NEEDED, available_isas
+from fastbn.runtime.cpu import cpu_features
 
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 

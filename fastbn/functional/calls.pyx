@@ -1,7 +1,7 @@
 """Batch normalisation as functions: check, allocate, call the kernel.
 
-What is wrong with the arguments is found, mostly in `_arguments.pxi`, before anything is written.
-The kernels get contiguous memory (see `_plan`) and per-channel values of float64.
+What is wrong with the arguments is found, mostly in `arguments.pxi`, before anything is written.
+The kernels get contiguous memory (see `plan`) and per-channel values of float64.
 
 A call with small arrays costs what is done here, so the way of an ndarray that is as one expects,
 contiguous, aligned and of a common type, goes through C alone; anything else takes its time.
@@ -19,8 +19,8 @@ from libc.math cimport isfinite
 from libc.stdint cimport uint16_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-from fastbn import _blocks, _dispatch
-from fastbn._job cimport (
+from fastbn.kernels import variants
+from fastbn.kernels.job cimport (
     APPLY,
     BACKWARD,
     BACKWARD_FIXED,
@@ -35,8 +35,9 @@ from fastbn._job cimport (
     Operation,
     Type,
 )
-from fastbn._mask import Valid
-from fastbn._plan import plan
+from fastbn.functional.mask import Valid
+from fastbn.functional.plan import plan
+from fastbn.runtime import memory as memory_of_results
 
 cnp.import_array()
 
@@ -50,12 +51,12 @@ cdef KernelFunction run
 
 
 def use_kernels(module):
-    """Call the kernels of this module, one of fastbn._kernels_*, from now on."""
+    """Call the kernels of this module, one of fastbn.kernels.*, from now on."""
     global run
-    run = <KernelFunction>PyCapsule_GetPointer(module.kernel, "fastbn._kernels.run")
+    run = <KernelFunction>PyCapsule_GetPointer(module.kernel, "fastbn.kernels.run")
 
 
-use_kernels(_dispatch.kernels)
+use_kernels(variants.kernels)
 
 # The rows of a cache's statistics; those before GAMMA have one for each group.
 cdef enum:
@@ -98,7 +99,7 @@ cdef class Cache:
     cdef double slope            # of the activation below 0
     cdef cnp.ndarray signs       # a bit for each value: whether it was above 0 there (see Job)
     cdef Py_ssize_t first_bit
-    cdef object valid            # the positions of x that a mask has left (see _mask)
+    cdef object valid            # the positions of x that a mask has left (see mask)
     cdef cnp.ndarray gamma_like  # has the shape and dtype of the gradient; None: (C,), as x
     cdef cnp.ndarray beta_like
 
@@ -132,9 +133,9 @@ cdef class Cache:
         return counts
 
 
-include "_arguments.pxi"
-include "_outputs.pxi"
-include "_calls.pxi"
+include "arguments.pxi"
+include "outputs.pxi"
+include "to_kernel.pxi"
 
 
 def batch_norm(
@@ -437,4 +438,4 @@ def update_running(
         running_var[c] = (1 - weight) * running_var[c] + weight * (batch_var[c] * unbiased)
 
 
-include "_parts.pxi"
+include "parts.pxi"

@@ -2,13 +2,13 @@
 //
 // The kernels work on packs of 16 lanes, whatever the instruction set: Pack<float> holds 16
 // floats, Pack<double> 16 doubles. A pack is a tree of native registers (Twice<Twice<F>> and so
-// on, of _registers.hpp), so it needs no array that the compiler might leave in memory, and every
+// on, of registers.hpp), so it needs no array that the compiler might leave in memory, and every
 // operation is one IEEE operation a lane: a program of packs gives the same bits in every
 // instruction set. Only sum() mixes lanes, and it always folds the upper half onto the lower.
 
 #pragma once
 
-#include "_registers.hpp"
+#include "registers.hpp"
 
 namespace fastbn {
 namespace {

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import _updates
-from fastbn._hooks import Handle, HookList
+from fastbn.hooks import Handle, HookList
+from fastbn.optim import updates
 
 Array = NDArray[Any]
 Layers: TypeAlias = "Layer | Iterable[Layer]"
@@ -279,9 +279,9 @@ class SGD(Optimizer):
 
     def _update(self, p: Array, g: Array, state: Sequence[Array], _: int, decay: float) -> None:
         if self.momentum:
-            _updates.sgd_momentum(p, g, state[0], self.lr, self.momentum, self.nesterov, decay)
+            updates.sgd_momentum(p, g, state[0], self.lr, self.momentum, self.nesterov, decay)
         else:
-            _updates.sgd(p, g, self.lr, decay)
+            updates.sgd(p, g, self.lr, decay)
 
 
 @dataclass(eq=False)
@@ -312,9 +312,9 @@ class RMSprop(Optimizer):
     def _update(self, p: Array, g: Array, state: Sequence[Array], _: int, decay: float) -> None:
         (v, u), numbers = state, (self.lr, self.alpha, self.eps)
         if self.momentum:
-            _updates.rmsprop_momentum(p, g, v, u, *numbers, self.momentum, decay)
+            updates.rmsprop_momentum(p, g, v, u, *numbers, self.momentum, decay)
         else:
-            _updates.rmsprop(p, g, v, *numbers, decay)
+            updates.rmsprop(p, g, v, *numbers, decay)
 
 
 @dataclass(eq=False)
@@ -347,7 +347,7 @@ class Adam(Optimizer):
         (m, v), (beta1, beta2) = state, self.betas
         rate, correction = self.lr / (1 - beta1**t), 1 / sqrt(1 - beta2**t)
         l2, keep = (0.0, 1 - self.lr * decay) if self._decoupled else (decay, 1.0)
-        _updates.adam(p, g, m, v, rate, beta1, beta2, correction, self.eps, l2, keep)
+        updates.adam(p, g, m, v, rate, beta1, beta2, correction, self.eps, l2, keep)
 
 
 @dataclass(eq=False)
@@ -410,7 +410,7 @@ class GradientClipping:
     def __call__(self, optimizer: Optimizer) -> None:
         """Scale the gradients of the layers in ``optimizer.stepping``."""
         grads = [layer.grads[name] for layer in optimizer.stepping for name in layer.params]
-        norm = sqrt(sum(_updates.sum_of_squares(_flat(g, g.dtype, "K")) for g in grads))
+        norm = sqrt(sum(updates.sum_of_squares(_flat(g, g.dtype, "K")) for g in grads))
         if not isfinite(norm):
             raise FloatingPointError(f"grads: expected gradients of a finite norm, got {norm}")
         if norm > self.max_norm:

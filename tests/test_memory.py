@@ -15,7 +15,7 @@ import pytest
 from support import python
 
 import fastbn
-from fastbn import _blocks
+from fastbn.runtime import memory
 
 SHAPE = (2, 3, 1_500_000)  # 36 MB of float32; large enough to be recycled
 SIZE = 4 * 2 * 3 * 1_500_000
@@ -44,10 +44,10 @@ def test_a_large_result_lies_where_a_dead_one_lay():
     y = large(1)
     where = address(y)
     del y
-    assert _blocks.kept_bytes() == SIZE
+    assert memory.kept_bytes() == SIZE
     y = large(2)
     assert address(y) == where
-    assert _blocks.kept_bytes() == 0
+    assert memory.kept_bytes() == 0
     assert (y == 2).all()
 
 
@@ -146,20 +146,20 @@ def test_a_block_much_too_large_waits_for_a_larger_result():
 def test_results_up_to_2_mb_are_left_to_malloc():
     y = large(0, np.zeros((1, 3, 100_000), np.float32))
     del y
-    assert _blocks.kept_bytes() == 0
+    assert memory.kept_bytes() == 0
 
 
 def test_zero_gives_everything_back_and_switches_off():
     alive = large(1)
     large()
-    assert _blocks.kept_bytes() == SIZE
+    assert memory.kept_bytes() == SIZE
     assert fastbn.set_recycling(0) == 1 << 30
-    assert _blocks.kept_bytes() == 0
+    assert memory.kept_bytes() == 0
     large()
-    assert _blocks.kept_bytes() == 0
+    assert memory.kept_bytes() == 0
     assert (alive == 1).all()
     del alive
-    assert _blocks.kept_bytes() == 0
+    assert memory.kept_bytes() == 0
     assert fastbn.set_recycling(1 << 30) == 0
 
 
@@ -169,13 +169,13 @@ def test_the_limit_is_kept_and_the_oldest_goes_first():
     places = [address(y) for y in arrays]
     while arrays:
         del arrays[0]
-        assert _blocks.kept_bytes() <= 2 * SIZE
-    assert _blocks.kept_bytes() == 2 * SIZE
+        assert memory.kept_bytes() <= 2 * SIZE
+    assert memory.kept_bytes() == 2 * SIZE
     fastbn.set_recycling(2 * SIZE - 1)
-    assert _blocks.kept_bytes() == SIZE
+    assert memory.kept_bytes() == SIZE
     assert address(large()) == places[-1]
     fastbn.set_recycling(SIZE - 1)
-    assert _blocks.kept_bytes() == 0
+    assert memory.kept_bytes() == 0
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_threads_never_get_the_same_memory():
 
     with ThreadPoolExecutor(6) as callers:
         assert all(callers.map(call, range(6)))
-    assert _blocks.kept_bytes() <= 6 * SIZE
+    assert memory.kept_bytes() <= 6 * SIZE
 
 
 def test_memory_comes_back_from_arrays_in_cycles_whenever_they_are_collected():
@@ -241,7 +241,7 @@ def test_memory_comes_back_from_arrays_in_cycles_whenever_they_are_collected():
         if not enabled:
             gc.disable()
     gc.collect()
-    assert 0 < _blocks.kept_bytes() <= 2 * SIZE
+    assert 0 < memory.kept_bytes() <= 2 * SIZE
 
 
 def test_a_block_may_come_back_at_any_line_of_the_taking_of_another():
@@ -254,7 +254,7 @@ def test_a_block_may_come_back_at_any_line_of_the_taking_of_another():
         lines = itertools.count()
 
         def trace(frame, event, arg, dying=dying, lines=lines, chosen=chosen):
-            if frame.f_code.co_filename != _blocks.__file__:
+            if frame.f_code.co_filename != memory.__file__:
                 return None
             if event == "line" and next(lines) == chosen:
                 dying.clear()
@@ -297,7 +297,7 @@ y, cache = fastbn.batch_norm(x)
         "def keep(y=y): pass\nthreading.Thread(target=lambda: keep(time.sleep(9)), daemon=True)"
         ".start()",
         "import atexit; atexit.register(fastbn.batch_norm, x)",
-        "import sys; sys.modules.pop('fastbn._blocks')",
+        "import sys; sys.modules.pop('fastbn.runtime.memory')",
     ],
 )
 def test_exit_with_recycled_memory_is_silent(code):

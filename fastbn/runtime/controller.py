@@ -4,11 +4,11 @@ import threadpoolctl
 
 
 class FastbnController(threadpoolctl.LibController):  # type: ignore[misc]
-    """The pool of `_pool.hpp`, as threadpoolctl asks for it."""
+    """The pool of `pool.hpp`, as threadpoolctl asks for it."""
 
     user_api = "fastbn"
     internal_api = "fastbn"
-    filename_prefixes = ("_pool",)
+    filename_prefixes = ("pool",)
     check_symbols = ("fastbn_get_num_threads", "fastbn_set_num_threads")
 
     def get_num_threads(self) -> int:

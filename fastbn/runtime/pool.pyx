@@ -1,4 +1,4 @@
-"""How many threads a call may use, and the pool of them (see `_pool.hpp`)."""
+"""How many threads a call may use, and the pool of them (see `pool.hpp`)."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from math import ceil
 from operator import index
 from pathlib import Path
 
-cdef extern from "_pool.hpp" namespace "fastbn" nogil:
+cdef extern from "pool.hpp" namespace "fastbn" nogil:
     cdef cppclass Pool:
         void run(Task task, void* job, Py_ssize_t units, int threads)
     Pool*& the_pool()

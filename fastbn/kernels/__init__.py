@@ -1,0 +1,1 @@
+"""The arithmetic: one source, compiled once for each instruction set."""

@@ -1,0 +1,1 @@
+"""What the machine offers: CPU and caches, threads, memory."""
