@@ -6,19 +6,19 @@
 #include "pool.hpp"
 
 struct Job {
-    std::vector<long> results;  // plain: a unit that two threads compute is a race
+    std::vector<long> results;  // plain: a chunk that two threads compute is a race
     long factor;
 };
 
-static void compute(void* pointer, std::ptrdiff_t unit) {
+static void compute(void* pointer, std::ptrdiff_t chunk) {
     Job* job = static_cast<Job*>(pointer);
-    for (int i = 0; i < 50; i++) job->results[unit] += job->factor * (unit + 1);
+    for (int i = 0; i < 50; i++) job->results[chunk] += job->factor * (chunk + 1);
 }
 
-static void run_inner(void* pointer, std::ptrdiff_t unit) {  // a job within a job
+static void run_inner(void* pointer, std::ptrdiff_t chunk) {  // a job within a job
     Job inner{std::vector<long>(5), 3};
-    fastbn::the_pool()->run(compute, &inner, 5, 4);
-    for (int i = 0; i < 5; i++) static_cast<Job*>(pointer)->results[unit] += inner.results[i];
+    fastbn::the_pool()->share_out(compute, &inner, 5, 4);
+    for (int i = 0; i < 5; i++) static_cast<Job*>(pointer)->results[chunk] += inner.results[i];
 }
 
 static std::atomic<long> wrong{0};
@@ -27,12 +27,12 @@ static void call(unsigned seed, int rounds) {
     auto next = [&] { return (seed = seed * 1664525u + 1013904223u) >> 16; };
     for (int round = 0; round < rounds; round++) {
         Job job{std::vector<long>(next() % 40), (long)(next() % 9)};
-        const long units = (long)job.results.size();
+        const long chunks = (long)job.results.size();
         const bool nested = next() % 8 == 0;
-        fastbn::the_pool()->run(nested ? run_inner : compute, &job, units, 1 + next() % 8);
-        for (long unit = 0; unit < units; unit++) {
-            const long wanted = 50 * (nested ? 3 * 15 : job.factor * (unit + 1));
-            if (job.results[unit] != wanted) wrong++;
+        fastbn::the_pool()->share_out(nested ? run_inner : compute, &job, chunks, 1 + next() % 8);
+        for (long chunk = 0; chunk < chunks; chunk++) {
+            const long wanted = 50 * (nested ? 3 * 15 : job.factor * (chunk + 1));
+            if (job.results[chunk] != wanted) wrong++;
         }
         // Long enough for the workers to fall asleep, or nearly.
         if (next() % 16 == 0) std::this_thread::sleep_for(std::chrono::microseconds(next() % 400));

@@ -53,7 +53,7 @@ cdef KernelFunction run
 def use_kernels(module):
     """Call the kernels of this module, one of fastbn.kernels.*, from now on."""
     global run
-    run = <KernelFunction>PyCapsule_GetPointer(module.kernel, "fastbn.kernels.run")
+    run = <KernelFunction>PyCapsule_GetPointer(module.kernel, "fastbn.kernels.compute")
 
 
 use_kernels(variants.kernels)

@@ -7,6 +7,7 @@ cdef bint call_kernel(
     """Fill in what every operation needs, and run it; without a result nothing is written."""
     cdef int failed
     job.operation = operation
+    job.first_statistic = 0
     job.type = cache.type
     job.itemsize = cnp.PyArray_ITEMSIZE(x)
     job.examples, job.outer = cache.examples, cache.outer

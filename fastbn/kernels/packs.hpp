@@ -1,9 +1,9 @@
-// Vector primitives for the kernels, and nothing else.
+// Packs: the vectors that the loops are written in.
 //
-// The kernels work on packs of 16 lanes, whatever the instruction set: Pack<float> holds 16
+// The loops work on packs of 16 lanes, whatever the instruction set: Pack<float> holds 16
 // floats, Pack<double> 16 doubles. A pack is a tree of native registers (Twice<Twice<F>> and so
 // on, of registers.hpp), so it needs no array that the compiler might leave in memory, and every
-// operation is one IEEE operation a lane: a program of packs gives the same bits in every
+// operation is one IEEE operation a lane: a loop over packs gives the same bits in every
 // instruction set. Only sum() mixes lanes, and it always folds the upper half onto the lower.
 
 #pragma once
@@ -90,9 +90,9 @@ template <class H> INLINE auto widen(Twice<H> a) -> Twice<decltype(widen(a.lo))>
     return {widen(a.lo), widen(a.hi)};
 }
 
-// What the kernels call. `lanes` counts the lanes that exist: the others read as zero and are
-// never written. load_wide reads any type as doubles.
-template <class T> INLINE Pack<T> fill(T value) { Pack<T> a; set(a, value); return a; }
+// What the loops are written in. `lanes` counts the lanes that exist: the others read as zero and
+// are never written. load_wide reads any type as doubles.
+template <class E> INLINE Pack<E> fill(E value) { Pack<E> a; set(a, value); return a; }
 template <class T> INLINE Pack<T> load(const T* p, int lanes) {
     Pack<T> a;
     if (lanes == 16) get(a, p); else get(a, p, lanes);
@@ -106,32 +106,38 @@ template <class T> INLINE Pack<double> load_wide(const T* p, int lanes) {
 template <class T> INLINE void store(T* p, Pack<T> a, int lanes) {
     if (lanes == 16) put(p, a); else put(p, a, lanes);
 }
-// The first n lanes of a, the others of b.
-template <class P> INLINE P combine(P a, P b, int n) { return join(a, b, n); }
-INLINE Pack<double> keep_first(Pack<double> a, int lanes) {
-    return join(a, fill(0.0), lanes);
-}
-// The first argument is not read: it says what type the pack is of.
-template <class T> INLINE Pack<double> wide(const T*, Pack<T> a) { return widen(a); }
-template <class T> INLINE unsigned signs_of(const T*, Pack<T> a) { return above_zero(a); }
-// Where a sign is set a, elsewhere slope * a; with slope 0 that is 0, whatever a is.
-template <class T> INLINE Pack<T> leaky_relu(const T*, unsigned signs, Pack<T> a, double slope) {
-    using E = Element<T>;
-    return select(signs, a, slope == 0 ? fill<E>(0) : a * fill<E>((E)slope));
-}
+INLINE Pack<double> keep_first(Pack<double> a, int lanes) { return join(a, fill(0.0), lanes); }
 INLINE double sum_lanes(Pack<double> a) { return sum(a); }
 INLINE Pack<double> square_root(Pack<double> a) { return root(a); }
-
+// In each lane: a < b ? yes : no.
+INLINE Pack<double> where_less(Pack<double> a, Pack<double> b, Pack<double> yes, Pack<double> no) {
+    return choose_less(a, b, yes, no);
+}
 // sum + a * b where the product is exact, as that of two floats is in double: then it makes no
 // difference whether the machine rounds it before it adds.
 INLINE Pack<double> add_exact_product(Pack<double> sum, Pack<double> a, Pack<double> b) {
     return multiply_add(a, b, sum);
 }
-// In each lane: a < b ? yes : no.
-template <class P> INLINE P where_less(P a, P b, P yes, P no) { return choose_less(a, b, yes, no); }
+// Where a sign is set a, elsewhere slope * a; with slope 0 that is 0, whatever a is.
+INLINE Pack<float> leaky_relu(unsigned signs, Pack<float> a, double slope) {
+    return select(signs, a, slope == 0 ? fill(0.0f) : a * fill((float)slope));
+}
+INLINE Pack<double> leaky_relu(unsigned signs, Pack<double> a, double slope) {
+    return select(signs, a, slope == 0 ? fill(0.0) : a * fill(slope));
+}
+// The sum of contiguous values, lane by lane and then over the lanes.
+INLINE double sum_values(const double* values, std::ptrdiff_t count) {
+    Pack<double> total = fill(0.0);
+    for (; count >= 16; count -= 16, values += 16) total = total + load(values, 16);
+    if (count) total = total + load(values, (int)count);
+    return sum(total);
+}
+template <class T> INLINE double value_of(T value) {
+    if constexpr (sizeof(T) == 2) return widened(value); else return value;
+}
 
 // Bits of values, 16 in a word: whether what went into the activation was above 0. Words must be
-// zero at first, and there are two more behind the last: units of work may share a word.
+// zero at first, and there are two more behind the last: chunks of work may share a word.
 INLINE void set_bits(std::uint16_t* word, std::uint32_t bits) {
 #if defined(_MSC_VER)
     if (bits) _InterlockedOr16((short*)word, (short)bits);
@@ -161,69 +167,30 @@ INLINE unsigned get_bits(const std::uint16_t* words, std::ptrdiff_t i) {
 #endif
 }
 
-// Whole packs past the cache. The address must be a multiple of `line<T>()` bytes, and a fence
+// Whole packs past the cache. The address must be a multiple of the size of a pack, and a fence
 // must follow before another thread may look.
-template <class T> constexpr std::size_t line() { return 16 * sizeof(T); }
 template <class T> INLINE void store_past_cache(T* p, Pack<T> a) { put_past_cache(p, a); }
 template <class T> INLINE int lanes_to_line(const T* p) {
-    return (int)((0 - (std::uintptr_t)p) % line<T>() / sizeof(T));
+    return (int)((0 - (std::uintptr_t)p) % (16 * sizeof(T)) / sizeof(T));
 }
 INLINE void fence() {
 #if defined(__SSE2__) || defined(_M_X64)
     _mm_sfence();
 #endif
 }
-template <class T> INLINE void prefetch(const T* p) {
+INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
-    __builtin_prefetch((const void*)p, 0, 2);
+    __builtin_prefetch(p, 0, 2);
 #else
     (void)p;
 #endif
 }
-template <class T> INLINE void prefetch_to_write(T* p) {
+INLINE void prefetch_to_write(const void* p) {
 #if defined(__GNUC__)
-    __builtin_prefetch((void*)p, 1);
+    __builtin_prefetch(p, 1);
 #else
     (void)p;
 #endif
-}
-
-INLINE double* align(double* p) {
-    return (double*)(((std::uintptr_t)p + 63) / 64 * 64);
-}
-
-// Arrays of coefficients, in the precision that a T is computed in. The first argument is not read.
-template <class T> constexpr std::size_t element_size(const T*) { return sizeof(Element<T>); }
-template <class T> INLINE void put_value(const T*, void* values, std::ptrdiff_t i, double v) {
-    ((Element<T>*)values)[i] = (Element<T>)v;
-}
-// Returns the values as they were rounded.
-template <class T> INLINE Pack<double> put_values(
-    const T*, void* values, std::ptrdiff_t i, Pack<double> a, int lanes
-) {
-    double buffer[16];
-    Element<T> rounded[16];
-    put(buffer, a);
-    for (int l = 0; l < 16; l++) rounded[l] = (Element<T>)buffer[l];
-    store((Element<T>*)values + i, load((const Element<T>*)rounded, 16), lanes);
-    return load_wide((const Element<T>*)rounded, 16);
-}
-template <class T> INLINE double get_value(const T*, const void* values, std::ptrdiff_t i) {
-    return ((const Element<T>*)values)[i];
-}
-template <class T> INLINE Pack<T> fill_value(const T*, const void* values, std::ptrdiff_t i) {
-    return fill(((const Element<T>*)values)[i]);
-}
-template <class T> INLINE Pack<T> load_values(const T*, const void* values, std::ptrdiff_t i) {
-    return load<Element<T>>((const Element<T>*)values + i, 16);
-}
-template <class T> INLINE const T* at(const T* p, std::ptrdiff_t i) { return p ? p + i : p; }
-template <class T> INLINE double value_of(const T* p) {
-    if constexpr (sizeof(T) == 2) return widened(*p); else return *p;
-}
-// As `leaky_relu` in double, of one value.
-template <class T> INLINE double leaky_relu_one(const T* p, unsigned sign, double slope) {
-    return sign ? value_of(p) : slope == 0 ? 0 : value_of(p) * slope;
 }
 
 }  // namespace

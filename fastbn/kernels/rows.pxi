@@ -1,298 +1,235 @@
-# Rows (inner < 16): lanes go across the channels.
+# The walk over rows (inner < 16): lanes go across the channels.
 
 
-cdef void choose_rows(Work* w, Py_ssize_t begin) noexcept nogil:
+cdef void choose_panel(Walk* w, Py_ssize_t begin) noexcept nogil:
     """Choose the panel that begins at a channel, and describe its rows."""
     cdef Job* job = w.job
-    cdef Py_ssize_t narrow = job.channels * job.inner, fold
-    fold = max(1, min(MIN_WIDTH // narrow, job.outer))
-    w.begin, w.end = begin, min(begin + ceil_div(PANEL, job.inner), job.channels)
-    w.stride = fold * narrow
-    w.width = fold * (w.end - begin) * job.inner
-    w.full_rows = job.outer // fold
-    w.tail = (job.outer - w.full_rows * fold) * narrow
-    w.block_rows = max(LEAST_ROWS, min(BLOCK_OF_ROWS // w.stride, <Py_ssize_t>MOST_ROWS))
-    # No constant: where the compiler unrolls by it, loads of x and dy that lie alike in their pages
-    # get in each other's way, which took backward up to 1.6 times as long.
-    w.side = SUM_ROWS if job.dy == NULL else SUM_ROWS // 2
-    w.blocks = ceil_div(w.full_rows, w.block_rows)
-    w.padded = ceil_div(w.width, LANES) * LANES
-    w.wrapped = w.padded + LANES
+    cdef Panel* panel = &w.panel
+    cdef Py_ssize_t narrow = job.channels * job.inner
+    panel.fold = max(1, min(MIN_WIDTH // narrow, job.outer))
+    panel.begin, panel.end = begin, min(begin + ceil_div(PANEL, job.inner), job.channels)
+    panel.start = begin * job.inner
+    panel.stride = panel.fold * narrow
+    panel.width = panel.fold * (panel.end - panel.begin) * job.inner
+    panel.full_rows = job.outer // panel.fold
+    panel.tail = (job.outer - panel.full_rows * panel.fold) * narrow
+    panel.block_rows = max(LEAST_ROWS, min(BLOCK_OF_ROWS // panel.stride, <Py_ssize_t>MOST_ROWS))
+    panel.padded = ceil_div(panel.width, LANES) * LANES
+    panel.wrapped = panel.padded + LANES
+    w.blocks = ceil_div(panel.full_rows, panel.block_rows)
 
 
-cdef void spread(
-    const real* type, Work* w, const void* values,   # IN, one a channel, from `begin` on
-    void* lanes, Py_ssize_t length,                  # OUT
-) noexcept nogil:
-    """Write the value of its channel into each lane, over and over."""
-    cdef Py_ssize_t fold, c, i, j = 0
-    if lanes != values:
-        for fold in range(w.stride // (w.job.channels * w.job.inner)):
-            for c in range(w.end - w.begin):
-                for i in range(w.job.inner):
-                    put_value(type, lanes, j, get_value(type, values, c))
-                    j += 1
-    for j in range(w.width, length):
-        put_value(type, lanes, j, get_value(type, lanes, j - w.width))
+cdef inline Py_ssize_t rows_of_block_of_panel(const Panel* panel, Py_ssize_t index) noexcept nogil:
+    return min(panel.full_rows - index * panel.block_rows, panel.block_rows)
 
 
-cdef inline double* lane_shifts(Work* w) noexcept nogil:
-    return w.k + whole_lines(w.job.channels)
-
-
-cdef inline void add_rows(
-    Job* job, const real* x, const real* dy, Py_ssize_t stride, Py_ssize_t rows, int lanes,  # IN
-    Pack[double] k, bint shifted,
-    Pack[double]* a, Pack[double]* b,                                              # IN/OUT
-) noexcept nogil:
-    """Add a column of packs, in the order in which whole rows are added."""
-    cdef Py_ssize_t row
-    for row from 0 <= row < rows by SUM_ROWS:
-        add_packs(
-            job, x + row * stride, at(dy, row * stride),
-            min(rows - row, <Py_ssize_t>SUM_ROWS), stride, lanes, k, shifted, a, b,
-        )
-
-
-cdef void moments_of_rows(
-    const real* x, const real* block, Work* w, Py_ssize_t rows,  # IN: the panel, its block
-    double* a, double* b,                                        # IN/OUT: sums, moments
-) noexcept nogil:
+cdef void moments_of_block(Walk* w, Columns columns, double* a, double* b) noexcept nogil:
     """Turn the sums of a block into its moments, after summing it again where they cancel."""
-    cdef Pack[double] one = fill(1.0), zero = fill(0.0), limit = fill(w.cancelled)
-    cdef Pack[double] per_row = fill(1.0 / rows), sa, sb, k, m2
-    cdef double rounded[LANES]
-    cdef Py_ssize_t j
-    cdef int lanes
-    for j from 0 <= j < w.width by LANES:
-        lanes = min(w.width - j, <Py_ssize_t>LANES)
-        sa, sb = load(<const double*>a + j, LANES), load(<const double*>b + j, LANES)
-        k = load_wide(block + j, lanes) if real is double else zero
+    cdef Wide one = fill(1.0), zero = fill(0.0), limit = fill(w.cancelled)
+    cdef Wide per_row = fill(1.0 / columns.rows), sa, sb, k, m2
+    cdef double shifts[16]
+    cdef double again_a[16]
+    cdef double again_b[16]
+    cdef Py_ssize_t j, i, start = columns.start, width = columns.width
+    cdef int lanes, lane
+    columns.ahead = 0
+    for j from 0 <= j < width by LANES:
+        lanes = min(width - j, <Py_ssize_t>LANES)
+        sa, sb = load(a + j, LANES), load(b + j, LANES)
+        k = zero if w.loops.exact_products else w.loops.load_at(w.job.x, start + j, lanes)
         m2 = sb - sa * sa * per_row
         if sum_lanes(where_less(m2, sb * limit, one, zero)) > 0:
-            # Rounded, so that d * d is exact, where x is no float64.
-            sa = put_values(x, rounded, 0, k + sa * per_row, LANES)
-            k = where_less(m2, sb * limit, sa, k)
-            sa = sb = zero
-            add_rows(w.job, block + j, <const real*>NULL, w.stride, rows, lanes, k, True, &sa, &sb)
+            # Shifted by the mean, rounded so that d * d is exact, where x is no float64.
+            store(shifts, k + sa * per_row, LANES)
+            for lane in range(LANES):
+                shifts[lane] = w.loops.rounded(shifts[lane])
+            k = where_less(m2, sb * limit, load(shifts, LANES), k)
+            store(shifts, k, LANES)
+            columns.start, columns.width = start + j, lanes
+            w.loops.sum_columns(w.job[0], columns, shifts, again_a, again_b)
+            sa, sb = load(again_a, LANES), load(again_b, LANES)
             m2 = sb - sa * sa * per_row
-        store(a + j, (k - load_wide(x + j, lanes)) + sa * per_row, LANES)
+        store(a + j, (k - load(w.origins + j, LANES)) + sa * per_row, LANES)
         store(b + j, m2, LANES)
 
 
-cdef void sum_rows(
-    const real* x, const real* dy, Work* w, Py_ssize_t index  # IN: the panel; which block
-) noexcept nogil:
-    cdef double* a = w.sums + 2 * index * w.padded
-    cdef double* b = a + w.padded
-    cdef double* k = lane_shifts(w)
-    cdef Py_ssize_t first_row = index * w.block_rows, row, i, j, t
-    cdef Py_ssize_t rows = min(w.full_rows - first_row, w.block_rows)
-    cdef Pack[double] sa, sb, shift = fill(0.0)
-    cdef int lanes
-    cdef Py_ssize_t values_in_line = LINE // sizeof(real)
-    for j in range(2 * w.padded):
-        a[j] = 0
-    for row from 0 <= row < rows by w.side:
-        for j from 0 <= j < w.width by LANES:
-            i = (first_row + row) * w.stride + j
-            lanes = min(w.width - j, <Py_ssize_t>LANES)
-            sa, sb = load(<const double*>a + j, LANES), load(<const double*>b + j, LANES)
-            if dy != NULL:
-                if w.shifted:
-                    shift = load(<const double*>k + j, LANES)
-                add_packs(
-                    w.job, x + i, dy + i, min(rows - row, w.side), w.stride, lanes, shift,
-                    w.shifted, &sa, &sb,
-                )
-            else:
-                if real is double:
-                    shift = load_wide(x + first_row * w.stride + j, lanes)
-                add_packs(
-                    w.job, x + i, dy, min(rows - row, w.side), w.stride, lanes, shift,
-                    False, &sa, &sb,
-                )
-            store(a + j, sa, LANES)
-            store(b + j, sb, LANES)
-            for t in range(w.side * LANES // values_in_line):
-                i = (first_row + row) * w.stride + j * w.side + t * values_in_line
-                i += PREFETCH_DISTANCE
-                prefetch(x + i)
-                if dy != NULL:
-                    prefetch(dy + i)
-    if dy == NULL:
-        moments_of_rows(x, x + first_row * w.stride, w, rows, a, b)
+cdef void chunk_of_panel_blocks(void* walk, Py_ssize_t index) noexcept nogil:
+    """Sum one block of the panel, whose number is that of the chunk."""
+    cdef Walk* w = <Walk*>walk
+    cdef Panel* panel = &w.panel
+    cdef double* a = w.sums + 2 * index * panel.padded
+    cdef double* b = a + panel.padded
+    cdef Columns columns
+    columns.start = panel.start + index * panel.block_rows * panel.stride
+    columns.width = panel.width
+    columns.rows, columns.next_row = rows_of_block_of_panel(panel, index), panel.stride
+    columns.side = SIDE if w.job.dy == NULL else SIDE // 2
+    columns.ahead = AHEAD
+    w.loops.sum_columns(w.job[0], columns, w.lane_shifts if w.shifted else NULL, a, b)
+    if w.job.dy == NULL:
+        moments_of_block(w, columns, a, b)
 
 
-cdef void merge_lanes(Work* w, Py_ssize_t block) noexcept nogil:
+cdef void merge_block(Walk* w, Py_ssize_t index) noexcept nogil:
     """Take a block into the sums or moments of those before it, all lanes side by side."""
+    cdef Py_ssize_t padded = w.panel.padded, j
     cdef double* into = w.sums
-    cdef const double* sums = w.sums + 2 * block * w.padded
-    cdef double n = <double>block * w.block_rows
-    cdef double block_n = min(w.full_rows - block * w.block_rows, w.block_rows)
-    cdef Pack[double] weight = fill(block_n / (n + block_n)), both = fill(n) * weight, a, b, delta
-    cdef Py_ssize_t j
-    for j from 0 <= j < w.padded by LANES:
-        a = load(<const double*>into + j, LANES)
-        b = load(<const double*>into + w.padded + j, LANES)
+    cdef const double* sums = w.sums + 2 * index * padded
+    cdef double n = <double>index * w.panel.block_rows
+    cdef double block_n = rows_of_block_of_panel(&w.panel, index)
+    cdef Wide weight = fill(block_n / (n + block_n)), both = fill(n) * weight, a, b, delta
+    for j from 0 <= j < padded by LANES:
+        a, b = load(into + j, LANES), load(into + padded + j, LANES)
         if w.job.operation == FORWARD:
             delta = load(sums + j, LANES) - a
             a = a + delta * weight
-            b = b + (load(sums + w.padded + j, LANES) + delta * delta * both)
+            b = b + (load(sums + padded + j, LANES) + delta * delta * both)
         else:
             a = a + load(sums + j, LANES)
-            b = b + load(sums + w.padded + j, LANES)
+            b = b + load(sums + padded + j, LANES)
         store(into + j, a, LANES)
-        store(into + w.padded + j, b, LANES)
+        store(into + padded + j, b, LANES)
 
 
-cdef void finish_rows(const real* x, const real* dy, Work* w) noexcept nogil:
-    """Put the blocks of the panel together, in order, and then the lanes of each channel."""
+cdef void merge_lanes(Walk* w, Py_ssize_t channel) noexcept nogil:
+    """Put the lanes of a channel together: their sums, or their moments.
+
+    Some lanes have one value more, in the shorter row at the end.
+    """
     cdef Job* job = w.job
+    cdef Panel* panel = &w.panel
     cdef double* a = w.sums
-    cdef double* b = a + w.padded
-    cdef double* k = lane_shifts(w)
-    cdef double* first = job.mean if dy == NULL else job.dbeta
-    cdef double* second = job.var if dy == NULL else job.dgamma
-    cdef Py_ssize_t block, c, f, i, j, channels = w.end - w.begin
-    cdef const real* last_x = x + w.full_rows * w.stride
-    cdef const real* last_dy
-    cdef Py_ssize_t bit
-    cdef double n, block_n, distance, g
-    for block in range(1, w.blocks):
-        merge_lanes(w, block)
-    for c in range(w.begin, w.end):
-        if dy == NULL:
-            job.mean_low[c] = value_of(x + (c - w.begin) * job.inner)
-        if w.width == channels:  # a lane is a channel
-            first[c], second[c] = a[c - w.begin], b[c - w.begin]
-            continue
-        first[c] = second[c] = n = 0
-        for f in range(w.stride // (job.channels * job.inner)):
-            for i in range(job.inner):
-                j = (f * channels + c - w.begin) * job.inner + i
-                if dy == NULL:
-                    if j < w.tail:
-                        distance = value_of(last_x + j) - value_of(x + j)
-                        merge(&a[j], &b[j], w.full_rows, distance, 0, 1)
-                    block_n = w.full_rows + (j < w.tail)
-                    merge(
-                        &first[c], &second[c], n, value_of(x + j) - job.mean_low[c] + a[j], b[j],
-                        block_n,
-                    )
-                    n += block_n
-                    continue
-                first[c] += a[j]
-                second[c] += b[j]
-                if j < w.tail:
-                    last_dy = dy + w.full_rows * w.stride + j
-                    g = value_of(last_dy)
-                    if job.signs != NULL:
-                        bit = job.first_bit + (last_dy - <const real*>job.dy)
-                        g = leaky_relu_one(last_dy, get_bits(job.signs, bit) & 1, job.slope)
-                    first[c] += g
-                    second[c] += g * (value_of(last_x + j) - k[j])
-
-
-cdef inline void write_pack_of_row(
-    const real* x, const real* dy, real* out, Py_ssize_t i, int lanes,   # IN, IN or NULL, OUT
-    Work* w, Py_ssize_t lane, bint fused, Fusion f, bint past_cache,     # lane: of value i
-) noexcept nogil:
-    write_result(
-        x, dy, out, i, lanes, fused, f, past_cache,
-        load_values(x, w.lanes, CENTER * w.wrapped + lane),
-        load_values(x, w.lanes, SCALE * w.wrapped + lane),
-        load_values(x, w.lanes, SHIFT * w.wrapped + lane),
-        load_values(x, w.lanes, SLOPE * w.wrapped + lane),
-        load_values(x, w.lanes, LEVEL * w.wrapped + lane),
-    )
-
-
-cdef inline void write_line_of_rows(
-    const real* x, const real* dy, real* out,           # IN, IN (NULL: normalise), OUT
-    Work* w, Py_ssize_t lane, Py_ssize_t length,        # lane: of the first value
-    bint fused,
-) noexcept nogil:
-    """Write contiguous values, whose lanes begin again and again, from the end."""
-    cdef Py_ssize_t head = min(length, <Py_ssize_t>lanes_to_line(out)), i, j, t
-    cdef int tail = (length - head) % LANES
-    cdef bint past_cache = w.job.past_cache
-    cdef Fusion f = fusion_of(w, out - <real*>w.job.out)
-    i = length - tail
-    j = (lane + i) % w.width
-    if tail:
-        write_pack_of_row(x, dy, out, i, tail, w, j, fused, f, False)
-    for t in range((i - head) // LANES):
-        i -= LANES
-        j -= LANES
-        while j < 0:
-            j += w.width
-        write_pack_of_row(x, dy, out, i, LANES, w, j, fused, f, past_cache)
-    if head:
-        write_pack_of_row(x, dy, out, 0, <int>head, w, lane % w.width, fused, f, False)
-
-
-cdef void write_rows(
-    const real* x, const real* dy, real* out, Work* w, Py_ssize_t lane, Py_ssize_t length
-) noexcept nogil:
-    if w.fused and dy == NULL:
-        write_line_of_rows(x, <const real*>NULL, out, w, lane, length, True)
-    elif w.fused:
-        write_line_of_rows(x, dy, out, w, lane, length, True)
-    elif dy == NULL:
-        write_line_of_rows(x, <const real*>NULL, out, w, lane, length, False)
+    cdef double* b = a + panel.padded
+    cdef Py_ssize_t f, i, lane, s = statistic_of(job, channel)
+    cdef Py_ssize_t first = (channel - panel.begin) * job.inner
+    cdef Py_ssize_t last_row = panel.start + panel.full_rows * panel.stride
+    cdef double n = 0, lane_n, x, g
+    if job.operation == FORWARD:
+        job.mean[s], job.var[s], job.mean_low[s] = 0, 0, w.origins[first]
     else:
-        write_line_of_rows(x, dy, out, w, lane, length, False)
+        job.dbeta[s] = job.dgamma[s] = 0
+    for f in range(panel.fold):
+        for i in range(job.inner):
+            lane = f * (panel.end - panel.begin) * job.inner + first + i
+            if job.operation == FORWARD:
+                lane_n = panel.full_rows
+                if lane < panel.tail:
+                    x = w.loops.value_at(job.x, last_row + lane) - w.origins[lane]
+                    merge(&a[lane], &b[lane], lane_n, x, 0, 1)
+                    lane_n += 1
+                x = w.origins[lane] - job.mean_low[s] + a[lane]
+                merge(&job.mean[s], &job.var[s], n, x, b[lane], lane_n)
+                n += lane_n
+            else:
+                job.dbeta[s] += a[lane]
+                job.dgamma[s] += b[lane]
+                if lane < panel.tail:
+                    x = w.loops.value_at(job.x, last_row + lane) - w.lane_shifts[lane]
+                    g = w.loops.gradient_at(job[0], last_row + lane)
+                    job.dbeta[s] += g
+                    job.dgamma[s] += g * x
 
 
-cdef void unit_of_rows(
-    const real* x, const real* dy, real* out, Work* w, Py_ssize_t unit
-) noexcept nogil:
+cdef void copy_lanes(Walk* w) noexcept nogil:
+    """Do as merge_lanes for each channel, where a lane is a channel."""
     cdef Job* job = w.job
-    cdef Py_ssize_t first = unit * w.per_unit, end, i
-    cdef Py_ssize_t whole = job.outer * job.channels * job.inner
-    if w.step == SUM:
-        sum_rows(x, dy, w, unit)
-    elif w.width == w.stride:  # a unit is some values
-        end = min(first + w.per_unit, whole)
-        write_rows(x + first, at(dy, first), out + first, w, first % w.width, end - first)
-    else:  # a unit is some rows of the panel
-        end = min(first + w.per_unit, w.full_rows)
-        i = end * w.stride
-        while i > first * w.stride:
-            i -= w.stride
-            write_rows(x + i, at(dy, i), out + i, w, 0, w.width)
-
-
-cdef inline void* row_of(const real* type, void* values, Py_ssize_t i) noexcept nogil:
-    return <char*>values + i * element_size(type)
-
-
-cdef void run_rows(const real* x, Work* w) noexcept nogil:
-    cdef Job* job = w.job
-    cdef const real* dy = <const real*>job.dy
-    cdef Py_ssize_t row, first, end = 0
-    while end < job.channels:
-        choose_rows(w, end)
-        end = w.end
-        first = w.begin * job.inner  # the panel begins there
-        if job.operation != INFERENCE and job.operation != APPLY:
-            w.step = SUM
-            if dy != NULL:
-                spread(<const double*>NULL, w, w.k + w.begin, lane_shifts(w), w.padded)
-            run_units(do_unit, w, w.blocks, w.threads)
-            finish_rows(x + first, at(dy, first), w)
-        if w.width == w.end - w.begin:  # a lane is a channel
-            w.table, w.row = w.lanes, w.wrapped
+    cdef double* first = job.mean if job.operation == FORWARD else job.dbeta
+    cdef double* second = job.var if job.operation == FORWARD else job.dgamma
+    cdef Py_ssize_t j, s
+    cdef int lanes
+    for j from 0 <= j < w.panel.width by LANES:
+        lanes, s = min(w.panel.width - j, <Py_ssize_t>LANES), statistic_of(job, w.panel.begin + j)
+        store(first + s, load(w.sums + j, lanes), lanes)
+        store(second + s, load(w.sums + w.panel.padded + j, lanes), lanes)
         if job.operation == FORWARD:
-            finish_moments(job, w.begin, w.end)
-        if dy != NULL:
-            gradient_coefficients(x, w, w.begin, w.end)
-        elif job.out != NULL:
-            affine_coefficients(x, w, w.begin, w.end)
+            store(job.mean_low + s, load(w.origins + j, lanes), lanes)
+
+
+cdef void sum_panel(Walk* w) noexcept nogil:
+    """Sum the blocks of the panel and put them together, in order, and the lanes of a channel."""
+    cdef Panel* panel = &w.panel
+    cdef Py_ssize_t j, index, c
+    if w.job.dy != NULL:
+        spread_doubles(
+            w.shifts + panel.begin, w.lane_shifts, panel.fold, panel.end - panel.begin,
+            w.job.inner, panel.padded,
+        )
+    else:
+        for j from 0 <= j < panel.width by LANES:
+            store(
+                w.origins + j,
+                w.loops.load_at(
+                    w.job.x, panel.start + j, min(panel.width - j, <Py_ssize_t>LANES)
+                ),
+                LANES,
+            )
+    share_out(chunk_of_panel_blocks, w, w.blocks, w.threads)
+    for index in range(1, w.blocks):
+        merge_block(w, index)
+    if panel.width == panel.end - panel.begin:
+        copy_lanes(w)
+    else:
+        for c in range(panel.begin, panel.end):
+            merge_lanes(w, c)
+
+
+cdef void spread_coefficients(Walk* w) noexcept nogil:
+    """Put the coefficients of its channel into each lane of the panel."""
+    cdef Panel* panel = &w.panel
+    cdef Py_ssize_t size = 8 if w.loops.wide else 4, i
+    for i in range(COEFFICIENTS if w.job.dy != NULL else SHIFT + 1):
+        w.loops.spread(
+            <char*>w.table + i * w.row * size, <char*>w.lanes + i * panel.wrapped * size,
+            panel.fold, panel.end - panel.begin, w.job.inner, panel.wrapped,
+        )
+
+
+cdef void chunk_of_values(void* walk, Py_ssize_t chunk) noexcept nogil:
+    """Write some values of whole rows."""
+    cdef Walk* w = <Walk*>walk
+    cdef Panel* panel = &w.panel
+    cdef Py_ssize_t first = chunk * w.per_chunk
+    cdef Py_ssize_t end = min(first + w.per_chunk, w.job.outer * w.job.channels * w.job.inner)
+    w.loops.write_rows(
+        w.job[0], w.lanes, panel.wrapped, panel.width, first, end - first, first % panel.width
+    )
+    if w.job.past_cache:
+        fence()
+
+
+cdef void chunk_of_panel_rows(void* walk, Py_ssize_t chunk) noexcept nogil:
+    """Write some rows of a panel that has not all channels."""
+    cdef Walk* w = <Walk*>walk
+    cdef Panel* panel = &w.panel
+    cdef Py_ssize_t first = chunk * w.per_chunk, row
+    for row in range(min(first + w.per_chunk, panel.full_rows) - 1, first - 1, -1):
+        w.loops.write_rows(
+            w.job[0], w.lanes, panel.wrapped, panel.width, panel.start + row * panel.stride,
+            panel.width, 0,
+        )
+    if w.job.past_cache:
+        fence()
+
+
+cdef void walk_rows(Walk* w) noexcept nogil:
+    """Sum and write panel by panel."""
+    cdef Job* job = w.job
+    cdef Panel* panel = &w.panel
+    panel.end = 0
+    while panel.end < job.channels:
+        choose_panel(w, panel.end)
+        w.first = panel.begin
+        if panel.width == panel.end - panel.begin:  # a lane is a channel
+            w.row = panel.wrapped
+        if takes_sums(job):
+            sum_panel(w)
+        make_coefficients(w, panel.begin, panel.end)
         if job.out == NULL:
             continue
-        for row in range(TABLE if dy != NULL else SHIFT + 1):
-            spread(x, w, row_of(x, w.table, row * w.row), row_of(x, w.lanes, row * w.wrapped),
-                   w.wrapped)
-        write_all(w, job.outer * job.channels * job.inner if w.width == w.stride else w.full_rows)
+        spread_coefficients(w)
+        if panel.width == panel.stride:
+            share_out(
+                chunk_of_values, w, cut(w, job.outer * job.channels * job.inner), w.threads
+            )
+        else:
+            share_out(chunk_of_panel_rows, w, cut(w, panel.full_rows), w.threads)

@@ -1,10 +1,10 @@
 // The worker threads.
 //
-// One job at a time, cut into units. The units are handed out from one counter to whoever asks: the
-// caller asks like a worker does, so it never waits for one that has not begun, and a worker that
-// wakes late finds nothing to do and does no harm. Who computes a unit changes no bit of a result.
+// One job at a time, cut into chunks. One counter hands the chunks out. The caller takes chunks as a
+// worker does, so it never waits for a worker that has not begun, and a worker that wakes late finds
+// nothing to do and does no harm. Which thread computes a chunk changes no bit of a result.
 //
-// A caller that finds the pool busy (with another thread's job, or with its own) does all units
+// A caller that finds the pool busy (with another thread's job, or with its own) does all chunks
 // itself. Workers that find nothing yield for a moment, so that a loop of calls need not wake them
 // each time, then sleep. They block signals, so Ctrl-C reaches Python's main thread. After a
 // fork the child begins with a new pool, for the old one's threads do not exist there.
@@ -29,34 +29,34 @@
 
 namespace fastbn {
 
-using Task = void (*)(void* job, std::ptrdiff_t unit);
+using Task = void (*)(void* work, std::ptrdiff_t chunk);
 
 class Pool {
   public:
-    // Call task(job, unit) for each unit from 0, on at most `threads` threads, this one included.
-    void run(Task task, void* job, std::ptrdiff_t units, int threads) {
-        if (threads < 2 || units < 2 || units > UINT32_MAX || busy_.exchange(true)) {
-            for (std::ptrdiff_t unit = 0; unit < units; unit++) task(job, unit);
+    // Call task(work, chunk) for each chunk from 0, on at most `threads` threads, this one included.
+    void share_out(Task task, void* work, std::ptrdiff_t chunks, int threads) {
+        if (threads < 2 || chunks < 2 || chunks > UINT32_MAX || busy_.exchange(true)) {
+            for (std::ptrdiff_t chunk = 0; chunk < chunks; chunk++) task(work, chunk);
             return;
         }
-        int helpers = (int)(units < threads ? units : threads) - 1;
+        int helpers = (int)(chunks < threads ? chunks : threads) - 1;
         while (workers_ < helpers && start_worker()) {}
         task_ = task;
-        job_ = job;
-        units_ = (std::uint32_t)units;
+        work_ = work;
+        chunks_ = (std::uint32_t)chunks;
         done_.store(0, std::memory_order_relaxed);
         helpers_.store(helpers);
 #if defined(__GLIBC__)
         caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
 #endif
-        // The generation tells this job's units from those of a job that a late worker remembers.
-        ticket_.store(++generation_ << 32 | units_);
+        // The generation tells this job's chunks from those of a job that a late worker remembers.
+        ticket_.store(++generation_ << 32 | chunks_);
         if (sleepers_.load() > 0) {
             { std::lock_guard<std::mutex> lock(mutex_); }
             wake_.notify_all();
         }
-        take_units(-1);
-        while (done_.load(std::memory_order_acquire) < units_) std::this_thread::yield();
+        take_chunks(-1);
+        while (done_.load(std::memory_order_acquire) < chunks_) std::this_thread::yield();
         busy_.store(false, std::memory_order_release);
     }
 
@@ -64,7 +64,7 @@ class Pool {
     // How long an idle worker yields before it sleeps; see docs/decisions.
     static constexpr std::chrono::microseconds PATIENCE{100};
 
-    bool take_units(int id) {
+    bool take_chunks(int id) {
         bool took = false;
         std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
         while (std::uint32_t left = (std::uint32_t)ticket) {
@@ -72,8 +72,8 @@ class Pool {
             if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
                                                std::memory_order_acquire))
                 continue;
-            // The job cannot be replaced before this unit is done.
-            task_(job_, units_ - left);
+            // The job cannot be replaced before this chunk is done.
+            task_(work_, chunks_ - left);
             done_.fetch_add(1, std::memory_order_release);
             took = true;
             ticket = ticket_.load(std::memory_order_acquire);
@@ -87,15 +87,15 @@ class Pool {
         using clock = std::chrono::steady_clock;
         for (clock::time_point idle = clock::now();;) {
             leave_callers_cpu();
-            if (wanted(id) && take_units(id)) {
+            if (wanted(id) && take_chunks(id)) {
                 idle = clock::now();
             } else if (clock::now() - idle < PATIENCE) {
                 std::this_thread::yield();
             } else {
                 std::unique_lock<std::mutex> lock(mutex_);
                 sleepers_.fetch_add(1);  // before the last look at the ticket: see run()
-                // Whoever was woken too late for this job stays awake for the next, or calls that
-                // are as long as waking takes would never be helped.
+                // A worker that wakes too late for this job stays awake and helps with the next.
+                // Else it would never help with calls that take no longer than waking.
                 if (!wanted(id)) do wake_.wait(lock); while (id >= helpers_.load());
                 sleepers_.fetch_sub(1);
                 idle = clock::now();
@@ -142,12 +142,12 @@ class Pool {
     int workers_ = 0;
     std::uint64_t generation_ = 0;
 
-    std::atomic<std::uint64_t> ticket_{0};  // generation, units left
+    std::atomic<std::uint64_t> ticket_{0};  // generation, chunks left
     std::atomic<std::uint32_t> done_{0};
     std::atomic<int> helpers_{0};  // workers from this one on keep out
     Task task_ = nullptr;
-    void* job_ = nullptr;
-    std::uint32_t units_ = 0;
+    void* work_ = nullptr;
+    std::uint32_t chunks_ = 0;
     std::atomic<int> caller_cpu_{-1};
 
     std::mutex mutex_;

@@ -1,4 +1,4 @@
-ctypedef void (*Task)(void* job, Py_ssize_t unit) noexcept nogil
+ctypedef void (*Task)(void* work, Py_ssize_t chunk) noexcept nogil
 
 cdef int threads_for(double bytes) noexcept nogil
-cdef void run_units(Task task, void* job, Py_ssize_t units, int threads) noexcept nogil
+cdef void share_out(Task task, void* work, Py_ssize_t chunks, int threads) noexcept nogil

@@ -8,7 +8,7 @@ from pathlib import Path
 
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
     cdef cppclass Pool:
-        void run(Task task, void* job, Py_ssize_t units, int threads)
+        void share_out(Task task, void* work, Py_ssize_t chunks, int threads)
     Pool*& the_pool()
 
 cdef extern from *:
@@ -39,8 +39,8 @@ cdef int threads_for(double bytes) noexcept nogil:
     return fastbn_get_num_threads() if bytes > ENOUGH else 1
 
 
-cdef void run_units(Task task, void* job, Py_ssize_t units, int threads) noexcept nogil:
-    the_pool().run(task, job, units, threads)
+cdef void share_out(Task task, void* work, Py_ssize_t chunks, int threads) noexcept nogil:
+    the_pool().share_out(task, work, chunks, threads)
 
 
 def set_num_threads(n):

@@ -1,0 +1,61 @@
+// What `functional` asks of a kernel: the description of one call.
+//
+// Both sides are compiled from this file, and each tells the size of a Job: a module that was
+// compiled from another version of it is refused.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastbn {
+
+enum Type { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };
+
+enum Operation {
+    FORWARD,         // by the minibatch's own statistics; without out: the statistics alone
+    INFERENCE,       // by given statistics
+    BACKWARD,        // gradients of FORWARD; without out: dgamma and dbeta alone
+    BACKWARD_FIXED,  // gradients of INFERENCE: the statistics are constants
+    APPLY            // dx of FORWARD by given dgamma and dbeta
+};
+
+// IN is read, OUT is written. Arrays lie in memory as (outer, channels, inner), without gaps.
+struct Job {
+    Operation operation;
+    Type type;                // of x, dy, residual and the results
+    std::ptrdiff_t itemsize;  // of that type, in bytes
+
+    std::ptrdiff_t examples;  // of all groups together, in units of outer
+    std::ptrdiff_t outer;     // of a group, which has statistics of its own; the last may be shorter
+    std::ptrdiff_t channels;
+    std::ptrdiff_t inner;
+    double count;             // values of a channel that the statistics are of
+
+    const void* x;            // IN
+    const void* dy;           // IN, backward; NULL in a forward pass
+    void* out;                // OUT: y or dx; may be x, dy or residual itself
+    const void* residual;     // IN, may be NULL
+    void* dresidual;          // OUT, backward, may be NULL
+
+    bool activated;           // whether y = (a > 0 ? a : slope * a) follows
+    double slope;
+    std::uint16_t* signs;     // OUT (may be NULL), IN backward: whether a > 0, a bit for each value
+    std::ptrdiff_t first_bit; // of the first value; a full pack of out has its bits in one word
+
+    const double* gamma;      // IN, by parameter
+    const double* beta;       // IN, by parameter; not in backward
+    double eps;
+
+    double* mean;             // OUT of FORWARD, IN otherwise, by statistic, as all that follow
+    double* mean_low;         // what rounding took from mean
+    double* var;
+    double* dgamma;           // OUT, backward; IN of APPLY: the sums over all that count counts
+    double* dbeta;
+
+    std::ptrdiff_t first_statistic;  // of this group; functional leaves it 0
+    bool past_cache;                 // whether out is written past the cache; set by the kernel
+    bool residual_past_cache;        // likewise dresidual
+};
+
+}  // namespace fastbn

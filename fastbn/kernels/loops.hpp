@@ -1,0 +1,423 @@
+// The inner loops, as templates: sum runs, sum columns, write a segment of runs, write rows.
+//
+// T is the type of x. What else a loop does is a template argument as well, so that each loop is
+// compiled for just that: `gradient` (x and dy, not x alone), `shifted` (sums of x - k, not of x),
+// `fused` (an activation, a residual, or constant statistics). `Loops` has them for one type.
+//
+// Positions count values from the beginning of the job's arrays. README.md tells how one of these
+// loops comes about, step by step.
+
+#pragma once
+
+#include "job.hpp"
+#include "packs.hpp"
+
+namespace fastbn {
+
+constexpr int LANES = 16;
+constexpr std::ptrdiff_t MOST_RUNS = 64;  // that one call sums side by side
+
+// The rows of the table of coefficients; normalisation needs the first three.
+enum Coefficient { CENTER, SCALE, SHIFT, SLOPE, LEVEL, COEFFICIENTS, RESIDUE = SHIFT };
+
+// `channels` runs of `length` values, one behind the other, in each of some rows.
+struct Runs {
+    std::ptrdiff_t start, channels, length, next_channel;
+    std::ptrdiff_t rows, next_row;
+};
+
+// `width` columns of some rows.
+struct Columns {
+    std::ptrdiff_t start, width;
+    std::ptrdiff_t rows, next_row;
+    // This many rows are added while a pack of sums is in registers. It is no constant: a compiler
+    // that unrolls by it makes loads of x and dy that lie alike in their pages get in each other's
+    // way, which took backward up to 1.6 times as long.
+    std::ptrdiff_t side;
+    std::ptrdiff_t ahead;  // values that are fetched ahead meanwhile, or 0
+};
+
+namespace {
+
+using Wide = Pack<double>;
+
+template <class T> constexpr bool exact_products = !std::is_same_v<T, double>;  // in float64
+
+// ------------------------------------------------------------------------------------------ sums
+
+// Sums of d = x - k (or x) and of d * d; or of g (dy behind the activation) and of g * d.
+template <class T, bool gradient, bool shifted, bool fused>
+INLINE void add_packs(const Job& job, std::ptrdiff_t i, std::ptrdiff_t count,
+                      std::ptrdiff_t stride, int lanes, Wide k, Wide& sum_a, Wide& sum_b) {
+    const T* x = (const T*)job.x;
+    const T* dy = (const T*)job.dy;
+    const std::uint16_t* signs = job.signs;
+    std::ptrdiff_t first_bit = job.first_bit;
+    double slope = job.slope;
+    Wide a = sum_a, b = sum_b;
+    if (lanes < LANES) k = keep_first(k, lanes);
+    for (; count > 0; count--, i += stride) {
+        Wide d = load_wide(x + i, lanes), g;
+        if constexpr (shifted) d = d - k;
+        if constexpr (!gradient) g = d;
+        else if constexpr (!fused) g = load_wide(dy + i, lanes);
+        else if constexpr (shifted)
+            g = leaky_relu(get_bits(signs, first_bit + i), load_wide(dy + i, lanes), slope);
+        else  // the slope is 0
+            g = widen(leaky_relu(get_bits(signs, first_bit + i), load(dy + i, lanes), 0));
+        a = a + g;
+        if constexpr (shifted) b = b + g * d; else b = add_exact_product(b, g, d);
+    }
+    sum_a = a;
+    sum_b = b;
+}
+
+// Call body(gradient, shifted, fused) with what holds for this job, as compile-time constants.
+template <class T, class Body> INLINE void with_flags(const Job& job, bool shifted, Body body) {
+    using Yes = std::true_type;
+    using No = std::false_type;
+    // Products with a slope other than 0 are not exact, nor are those of two float64.
+    if (!exact_products<T> || (job.dy && job.signs && job.slope != 0)) shifted = true;
+    if constexpr (exact_products<T>) {
+        if (!shifted) {
+            if (!job.dy) body(No(), No(), No());
+            else if (!job.signs) body(Yes(), No(), No());
+            else body(Yes(), No(), Yes());
+            return;
+        }
+    }
+    if (!job.dy) body(No(), Yes(), No());
+    else if (!job.signs) body(Yes(), Yes(), No());
+    else body(Yes(), Yes(), Yes());
+}
+
+template <class T, bool gradient, bool shifted, bool fused>
+void sum_runs(const Job& job, const Runs& r, double shift, double* sums, std::ptrdiff_t next) {
+    Wide a[MOST_RUNS], b[MOST_RUNS], k = fill(shift);
+    std::ptrdiff_t whole = r.length / LANES;
+    int tail = (int)(r.length % LANES);
+    for (std::ptrdiff_t c = 0; c < r.channels; c++) a[c] = b[c] = fill(0.0);
+    for (std::ptrdiff_t row = 0; row < r.rows; row++) {
+        std::ptrdiff_t i = r.start + row * r.next_row;
+        for (std::ptrdiff_t c = 0; c < r.channels; c++, i += r.next_channel) {
+            add_packs<T, gradient, shifted, fused>(job, i, whole, LANES, LANES, k, a[c], b[c]);
+            if (tail)
+                add_packs<T, gradient, shifted, fused>(job, i + whole * LANES, 1, LANES, tail, k,
+                                                       a[c], b[c]);
+        }
+    }
+    for (std::ptrdiff_t c = 0; c < r.channels; c++) {
+        sums[c * next] = sum_lanes(a[c]);
+        sums[c * next + 1] = sum_lanes(b[c]);
+    }
+}
+
+// Sum the runs of each channel, shifted by k where asked: two sums a channel, `next` apart.
+template <class T>
+void sum_runs(const Job& job, const Runs& r, bool shifted, double k, double* sums,
+              std::ptrdiff_t next) {
+    with_flags<T>(job, shifted, [&](auto gradient, auto is_shifted, auto fused) {
+        sum_runs<T, decltype(gradient)::value, decltype(is_shifted)::value,
+                 decltype(fused)::value>(job, r, k, sums, next);
+    });
+}
+
+template <class T, bool gradient, bool shifted, bool fused>
+void sum_columns(const Job& job, const Columns& given, const double* k, double* a, double* b) {
+    const Columns c = given;
+    constexpr std::ptrdiff_t line = 64 / sizeof(T);
+    const T* x = (const T*)job.x;
+    const T* dy = (const T*)job.dy;
+    Wide shift = fill(0.0);
+    for (std::ptrdiff_t j = 0; j < c.width; j += LANES) {
+        store(a + j, shift, LANES);
+        store(b + j, shift, LANES);
+    }
+    for (std::ptrdiff_t row = 0; row < c.rows; row += c.side) {
+        std::ptrdiff_t count = c.rows - row < c.side ? c.rows - row : c.side;
+        for (std::ptrdiff_t j = 0; j < c.width; j += LANES) {
+            std::ptrdiff_t i = c.start + row * c.next_row + j;
+            int lanes = (int)(c.width - j < LANES ? c.width - j : LANES);
+            Wide sum_a = load((const double*)a + j, LANES);
+            Wide sum_b = load((const double*)b + j, LANES);
+            if constexpr (shifted) {
+                if (k) shift = load(k + j, LANES);
+                else if (!gradient) shift = load_wide(x + c.start + j, lanes);
+            }
+            if (lanes == LANES)
+                add_packs<T, gradient, shifted, fused>(job, i, count, c.next_row, LANES, shift,
+                                                       sum_a, sum_b);
+            else
+                add_packs<T, gradient, shifted, fused>(job, i, count, c.next_row, lanes, shift,
+                                                       sum_a, sum_b);
+            store(a + j, sum_a, LANES);
+            store(b + j, sum_b, LANES);
+            if (c.ahead == 0) continue;
+            i = c.start + row * c.next_row + j * c.side + c.ahead;
+            for (std::ptrdiff_t t = 0; t < c.side * LANES; t += line) {
+                prefetch(x + i + t);
+                if constexpr (gradient) prefetch(dy + i + t);
+            }
+        }
+    }
+}
+
+// Sum columns into a and b. These, and k, have room for whole packs. k has a shift for each
+// column; without it, sums that must be shifted anyway are shifted by the first row.
+template <class T>
+void sum_columns(const Job& job, const Columns& c, const double* k, double* a, double* b) {
+    with_flags<T>(job, k != nullptr, [&](auto gradient, auto shifted, auto fused) {
+        sum_columns<T, decltype(gradient)::value, decltype(shifted)::value,
+                    decltype(fused)::value>(job, c, k, a, b);
+    });
+}
+
+// -------------------------------------------------------------------------------------- elements
+
+template <class T> struct Coefficients { Pack<T> center, scale, shift, slope, level; };
+
+// Those of one channel in a table whose rows are `row` values long.
+template <class T, bool gradient>
+INLINE Coefficients<T> coefficients_of(const Element<T>* table, std::ptrdiff_t row,
+                                       std::ptrdiff_t channel) {
+    Coefficients<T> c;
+    c.center = fill(table[CENTER * row + channel]);
+    c.scale = fill(table[SCALE * row + channel]);
+    c.shift = fill(table[SHIFT * row + channel]);
+    if constexpr (gradient) {
+        c.slope = fill(table[SLOPE * row + channel]);
+        c.level = fill(table[LEVEL * row + channel]);
+    }
+    return c;
+}
+// Those of the lanes that a table begins with.
+template <class T, bool gradient>
+INLINE Coefficients<T> coefficients_at(const Element<T>* table, std::ptrdiff_t row) {
+    Coefficients<T> c;
+    c.center = load(table + CENTER * row, LANES);
+    c.scale = load(table + SCALE * row, LANES);
+    c.shift = load(table + SHIFT * row, LANES);
+    if constexpr (gradient) {
+        c.slope = load(table + SLOPE * row, LANES);
+        c.level = load(table + LEVEL * row, LANES);
+    }
+    return c;
+}
+// The first n lanes of a, the others of b.
+template <class T, bool gradient>
+INLINE Coefficients<T> combine(const Coefficients<T>& a, const Coefficients<T>& b, int n) {
+    Coefficients<T> c;
+    c.center = join(a.center, b.center, n);
+    c.scale = join(a.scale, b.scale, n);
+    c.shift = join(a.shift, b.shift, n);
+    if constexpr (gradient) {
+        c.slope = join(a.slope, b.slope, n);
+        c.level = join(a.level, b.level, n);
+    }
+    return c;
+}
+
+template <class T> INLINE void write_pack(T* out, Pack<T> a, int lanes, bool past_cache) {
+    if (past_cache && lanes == LANES) store_past_cache(out, a); else store(out, a, lanes);
+}
+
+template <class T, bool fused>
+INLINE Pack<T> normalized(const Job& job, std::ptrdiff_t i, int lanes, const Coefficients<T>& c) {
+    Pack<T> a = (load((const T*)job.x + i, lanes) - c.center) * c.scale + c.shift;
+    if constexpr (fused) {
+        if (job.residual) a = a + load((const T*)job.residual + i, lanes);
+        if (job.activated) {
+            unsigned signs = above_zero(a);
+            if (job.signs) put_bits(job.signs, job.first_bit + i, signs, lanes);
+            a = leaky_relu(signs, a, job.slope);
+        }
+    }
+    return a;
+}
+
+template <class T, bool fused>
+INLINE Pack<T> gradient_of_x(const Job& job, std::ptrdiff_t i, int lanes,
+                             const Coefficients<T>& c) {
+    Pack<T> g = load((const T*)job.dy + i, lanes);
+    if constexpr (fused) {
+        if (job.signs) g = leaky_relu(get_bits(job.signs, job.first_bit + i), g, job.slope);
+        if (job.dresidual) write_pack((T*)job.dresidual + i, g, lanes, job.residual_past_cache);
+        if (job.operation == BACKWARD_FIXED) return g * c.scale;
+    }
+    Pack<T> x = load((const T*)job.x + i, lanes);
+    return ((g - c.level) - ((x - c.center) * c.slope + c.shift)) * c.scale;  // shift: the residue
+}
+
+template <class T, bool gradient, bool fused>
+INLINE void write_result(const Job& job, std::ptrdiff_t i, int lanes, bool past_cache,
+                         const Coefficients<T>& c) {
+    Pack<T> a;
+    if constexpr (gradient) a = gradient_of_x<T, fused>(job, i, lanes, c);
+    else a = normalized<T, fused>(job, i, lanes, c);
+    write_pack((T*)job.out + i, a, lanes, past_cache);
+}
+
+// Whether anything but a plain normalisation or gradient is written.
+INLINE bool is_fused(const Job& job) {
+    return job.activated || job.residual || job.dresidual || job.operation == BACKWARD_FIXED;
+}
+
+// Write the positions from begin to end, whose runs may be of several channels, from the end; a
+// pack may lie across two channels. Packs begin on lines of out.
+template <class T, bool gradient, bool fused>
+void write_runs(const Job& given, const void* coefficients, std::ptrdiff_t row,
+                std::ptrdiff_t begin, std::ptrdiff_t end) {
+    const Job job = given;  // what is stored cannot change a copy of one's own
+    const Element<T>* table = (const Element<T>*)coefficients;
+    std::ptrdiff_t start = (end - 1) / job.inner * job.inner;  // of the last run
+    std::ptrdiff_t channel = start / job.inner % job.channels;
+    std::ptrdiff_t bottom = begin + lanes_to_line((const T*)job.out + begin), p = end;
+    if (bottom > end) bottom = end;
+    int lanes = (int)((end - bottom) % LANES);
+    Coefficients<T> c = coefficients_of<T, gradient>(table, row, channel), below = c;
+    while (p > begin) {
+        if (lanes == 0 && p > bottom) {  // whole packs of one channel
+            std::ptrdiff_t packs = (p - (start > bottom ? start : bottom)) / LANES;
+            for (; packs > 0; packs--) {
+                p -= LANES;
+                write_result<T, gradient, fused>(job, p, LANES, job.past_cache, c);
+            }
+            if (p == begin) return;
+        }
+        if (p == bottom) lanes = (int)(bottom - begin);
+        else if (lanes == 0) lanes = LANES;
+        p -= lanes;
+        if (p < start) {  // the lower part of the pack is of the channel before
+            channel = channel ? channel - 1 : job.channels - 1;
+            below = coefficients_of<T, gradient>(table, row, channel);
+            c = combine<T, gradient>(below, c, (int)(start - p));
+            start -= job.inner;
+        }
+        if (lanes == LANES) write_result<T, gradient, fused>(job, p, LANES, job.past_cache, c);
+        else write_result<T, gradient, fused>(job, p, lanes, false, c);
+        c = below;
+        lanes = 0;
+    }
+}
+
+// Write `length` positions from `begin` on, from the end. Position `begin` has the coefficients of
+// `lane`; those of all lanes begin again after `width`, and the table goes on for a pack more.
+template <class T, bool gradient, bool fused>
+void write_rows(const Job& given, const void* coefficients, std::ptrdiff_t row,
+                std::ptrdiff_t width, std::ptrdiff_t begin, std::ptrdiff_t length,
+                std::ptrdiff_t lane) {
+    const Job job = given;
+    const Element<T>* table = (const Element<T>*)coefficients;
+    std::ptrdiff_t head = lanes_to_line((const T*)job.out + begin);
+    if (head > length) head = length;
+    int tail = (int)((length - head) % LANES);
+    std::ptrdiff_t i = length - tail, at = (lane + i) % width;
+    if (tail)
+        write_result<T, gradient, fused>(job, begin + i, tail, false,
+                                         coefficients_at<T, gradient>(table + at, row));
+    for (std::ptrdiff_t packs = (i - head) / LANES; packs > 0; packs--) {
+        i -= LANES;
+        at -= LANES;
+        while (at < 0) at += width;
+        write_result<T, gradient, fused>(job, begin + i, LANES, job.past_cache,
+                                         coefficients_at<T, gradient>(table + at, row));
+    }
+    if (head)
+        write_result<T, gradient, fused>(job, begin, (int)head, false,
+                                         coefficients_at<T, gradient>(table + lane % width, row));
+}
+
+// ---------------------------------------------------------------------------------- single values
+
+template <class T> double value_at(const void* values, std::ptrdiff_t i) {
+    return value_of(((const T*)values)[i]);
+}
+template <class T> Wide load_at(const void* values, std::ptrdiff_t i, int lanes) {
+    return load_wide((const T*)values + i, lanes);
+}
+// dy behind the activation.
+template <class T> double gradient_at(const Job& job, std::ptrdiff_t i) {
+    double g = value_at<T>(job.dy, i);
+    if (!job.signs || get_bits(job.signs, job.first_bit + i) & 1) return g;
+    return job.slope == 0 ? 0 : g * job.slope;
+}
+// The nearest number that x could be.
+template <class T> double rounded(double value) { return (double)(Element<T>)value; }
+
+// Put each channel's value into its lanes, row after row of `fold`, and go on from the beginning
+// up to `length`. Values may lie where the lanes do, where a lane is a channel.
+template <class E>
+void spread(const void* from, void* into, std::ptrdiff_t fold, std::ptrdiff_t channels,
+            std::ptrdiff_t inner, std::ptrdiff_t length) {
+    const E* values = (const E*)from;
+    E* lanes = (E*)into;
+    std::ptrdiff_t width = fold * channels * inner, j = 0;
+    if (into == from) j = width;
+    while (j < width)
+        for (std::ptrdiff_t c = 0; c < channels; c++)
+            for (std::ptrdiff_t i = 0; i < inner; i++) lanes[j++] = values[c];
+    for (; j < length; j++) lanes[j] = lanes[j - width];
+}
+
+// ------------------------------------------------------------------------------------- one type
+
+using SumRuns = void (*)(const Job&, const Runs&, bool, double, double*, std::ptrdiff_t);
+using SumColumns = void (*)(const Job&, const Columns&, const double*, double*, double*);
+using WriteRuns = void (*)(const Job&, const void*, std::ptrdiff_t, std::ptrdiff_t,
+                           std::ptrdiff_t);
+using WriteRows = void (*)(const Job&, const void*, std::ptrdiff_t, std::ptrdiff_t,
+                           std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t);
+using Spread = void (*)(const void*, void*, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t,
+                        std::ptrdiff_t);
+
+struct Loops {
+    bool wide;            // whether coefficients are float64; they are float32 otherwise
+    bool exact_products;  // whether those of two values are exact in float64
+    SumRuns sum_runs;
+    SumColumns sum_columns;
+    WriteRuns write_runs;
+    WriteRows write_rows;
+    Spread spread;
+    double (*value_at)(const void*, std::ptrdiff_t);
+    Wide (*load_at)(const void*, std::ptrdiff_t, int);
+    double (*gradient_at)(const Job&, std::ptrdiff_t);
+    double (*rounded)(double);
+};
+
+template <class T> Loops loops_for(const Job& job) {
+    WriteRuns runs[2][2] = {{write_runs<T, false, false>, write_runs<T, false, true>},
+                            {write_runs<T, true, false>, write_runs<T, true, true>}};
+    WriteRows rows[2][2] = {{write_rows<T, false, false>, write_rows<T, false, true>},
+                            {write_rows<T, true, false>, write_rows<T, true, true>}};
+    bool gradient = job.dy != nullptr, fused = is_fused(job);
+    return {sizeof(Element<T>) == 8, exact_products<T>, sum_runs<T>, sum_columns<T>,
+            runs[gradient][fused], rows[gradient][fused], spread<Element<T>>, value_at<T>,
+            load_at<T>, gradient_at<T>, rounded<T>};
+}
+
+// The one place that goes from a type as a number to one as a template argument.
+Loops loops_for(const Job& job) {
+    switch (job.type) {
+        case FLOAT64: return loops_for<double>(job);
+        case FLOAT16: return loops_for<Half>(job);
+        case BFLOAT16: return loops_for<Bfloat>(job);
+        default: return loops_for<float>(job);
+    }
+}
+
+// Round coefficients to their precision, put them into a table, and return them as they are there.
+INLINE Wide put_coefficients(bool wide, void* table, std::ptrdiff_t i, Wide a, int lanes) {
+    if (wide) {
+        store((double*)table + i, a, lanes);
+        return a;
+    }
+    double exact[LANES];
+    float rounded[LANES];
+    put(exact, a);
+    for (int l = 0; l < LANES; l++) rounded[l] = (float)exact[l];
+    store((float*)table + i, load((const float*)rounded, LANES), lanes);
+    return load_wide((const float*)rounded, LANES);
+}
+
+}  // namespace
+}  // namespace fastbn

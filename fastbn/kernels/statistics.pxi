@@ -1,0 +1,104 @@
+# From sums to statistics, and from statistics to coefficients.
+
+
+cdef inline void merge(
+    double* mean, double* m2, double n, double block_mean, double block_m2, double block_n
+) noexcept nogil:
+    """Take a block into the moments of n values before it (Chan's formula)."""
+    cdef double delta = block_mean - mean[0]
+    cdef double weight = block_n / (n + block_n)
+    mean[0] += delta * weight
+    m2[0] += block_m2 + delta * delta * (n * weight)
+
+
+cdef void finish_moments(Job* job, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """Make mean, what it loses in rounding, and var of some channels.
+
+    So far the three hold the distance from the origin, the origin, and the sum of squares.
+    """
+    cdef Wide count = fill(job.count), zero = fill(0.0), distance, origin, mean, part, m2
+    cdef Py_ssize_t c, s
+    cdef int lanes
+    for c from begin <= c < end by LANES:
+        lanes, s = min(end - c, <Py_ssize_t>LANES), statistic_of(job, c)
+        distance, origin = load(job.mean + s, lanes), load(job.mean_low + s, lanes)
+        m2 = load(job.var + s, lanes)
+        mean = origin + distance
+        part = mean - origin
+        store(job.mean + s, mean, lanes)
+        store(job.mean_low + s, (origin - (mean - part)) + (distance - part), lanes)
+        # Below 0 by rounding; a NaN stays.
+        store(job.var + s, where_less(m2, zero, zero, m2) / count, lanes)
+
+
+cdef inline Wide put_coefficient(
+    Walk* w, Py_ssize_t coefficient, Py_ssize_t channel, Wide a, int lanes
+) noexcept nogil:
+    """Put a coefficient of some channels into the table; return it as it is rounded there."""
+    return put_coefficients(
+        w.loops.wide, w.table, coefficient * w.row + channel - w.first, a, lanes
+    )
+
+
+cdef void make_affine_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """Make center, scale and shift of some channels."""
+    cdef Job* job = w.job
+    cdef Wide eps = fill(job.eps), mean, scale, shift, low
+    cdef Py_ssize_t c, s, p
+    cdef int lanes
+    for c from begin <= c < end by LANES:
+        lanes, s, p = min(end - c, <Py_ssize_t>LANES), statistic_of(job, c), parameter_of(job, c)
+        mean = load(job.mean + s, lanes)
+        scale = load(job.gamma + p, lanes) / square_root(load(job.var + s, lanes) + eps)
+        low = mean - put_coefficient(w, CENTER, c, mean, lanes)
+        shift = load(job.beta + p, lanes) - (low + load(job.mean_low + s, lanes)) * scale
+        put_coefficient(w, SCALE, c, scale, lanes)
+        put_coefficient(w, SHIFT, c, shift, lanes)
+
+
+cdef void choose_shifts(Walk* w) noexcept nogil:
+    """Choose what x is shifted by in sum(dy * x): the mean, where that would cancel."""
+    cdef Job* job = w.job
+    cdef Py_ssize_t c, s
+    for c in range(job.channels):
+        s = statistic_of(job, c)
+        w.shifts[c] = 0
+        if (
+            not w.loops.exact_products
+            or job.mean[s] * job.mean[s] * CANCELLED > job.var[s]
+        ):
+            w.shifts[c], w.shifted = job.mean[s], True
+
+
+cdef void make_gradient_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """Make the coefficients of dx of some channels, and dgamma, so far sum(dy * (x - shift))."""
+    cdef Job* job = w.job
+    cdef Wide eps = fill(job.eps), count = fill(job.count), one = fill(1.0)
+    cdef Wide mean, low, rstd, dbeta, dgamma, scale, slope, level, lost
+    cdef Py_ssize_t c, s, p
+    cdef int lanes
+    for c from begin <= c < end by LANES:
+        lanes, s, p = min(end - c, <Py_ssize_t>LANES), statistic_of(job, c), parameter_of(job, c)
+        mean, low = load(job.mean + s, lanes), load(job.mean_low + s, lanes)
+        rstd = one / square_root(load(job.var + s, lanes) + eps)
+        dbeta, dgamma = load(job.dbeta + s, lanes), load(job.dgamma + s, lanes)
+        if job.operation != APPLY:
+            dgamma = (dgamma - (mean - load(w.shifts + c, lanes) + low) * dbeta) * rstd
+            store(job.dgamma + s, dgamma, lanes)
+        scale = load(job.gamma + p, lanes) * rstd
+        slope, level = rstd * (dgamma / count), dbeta / count
+        low = low + (mean - put_coefficient(w, CENTER, c, mean, lanes))
+        put_coefficient(w, SCALE, c, scale, lanes)
+        put_coefficient(w, SLOPE, c, slope, lanes)
+        lost = level - put_coefficient(w, LEVEL, c, level, lanes)
+        put_coefficient(w, RESIDUE, c, lost - low * slope, lanes)
+
+
+cdef void make_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """Make what follows from the sums of some channels: statistics or dgamma, and coefficients."""
+    if w.job.operation == FORWARD:
+        finish_moments(w.job, begin, end)
+    if w.job.dy != NULL:
+        make_gradient_coefficients(w, begin, end)
+    elif w.job.out != NULL:
+        make_affine_coefficients(w, begin, end)
