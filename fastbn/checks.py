@@ -59,6 +59,14 @@ def momentum(name: str, value: Any) -> float:
     return found
 
 
+def axis(value: Any, ndim: int) -> int:
+    """Return an axis of an array x of so many dimensions."""
+    found = integer("axis", value)
+    if not -ndim <= found < ndim:
+        raise ValueError(f"axis: expected an axis of x, which has {ndim} dimension(s), got {found}")
+    return found
+
+
 def activation(value: Any) -> Any:
     """Return the name of an activation, or None."""
     if not isinstance(value, str | None) or value not in ACTIVATIONS:

@@ -3,6 +3,8 @@
 from functools import lru_cache
 from math import prod
 
+from fastbn import checks
+
 
 @lru_cache(maxsize=1024)
 def plan(
@@ -19,11 +21,7 @@ def plan(
     ValueError
         If `axis` is not an axis of `shape`.
     """
-    if not -len(shape) <= axis < len(shape):
-        raise ValueError(
-            f"axis: expected an axis of x, which has {len(shape)} dimension(s), got {axis}"
-        )
-    axis %= len(shape)
+    axis = checks.axis(axis, len(shape)) % len(shape)
     by_memory = sorted(
         (i for i in range(len(shape)) if shape[i] != 1), key=lambda i: strides[i], reverse=True
     )

@@ -158,7 +158,7 @@ cdef struct Panel:         # the channels of a walk over rows, and their rows
 
 cdef struct Walk:          # of one group of examples
     Job* job
-    Loops loops
+    const Loops* loops
     int threads
     double cancelled       # the part of itself down to which sum(x * x) may cancel
     bint shifted           # whether x is shifted in sum(dy * x)
@@ -240,13 +240,13 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
         w.sums = reserve(scratch, 2 * w.blocks * columns)
 
 
-cdef Py_ssize_t compute_group(Job* job, int threads, double* memory) noexcept nogil:
+cdef Py_ssize_t compute_group(
+    Job* job, const Loops* loops, int threads, double* memory
+) noexcept nogil:
     """Compute a job of one group; without memory, return how many doubles of it that needs."""
     cdef Walk w
     cdef Scratch scratch
-    w.job = job
-    w.loops = loops_for(job[0])
-    w.threads = threads
+    w.job, w.loops, w.threads = job, loops, threads
     # For the moments alone, without y, each digit counts.
     w.cancelled = CANCELLED if job.out != NULL else 1
     scratch.memory, scratch.reserved = memory, 0
@@ -267,6 +267,7 @@ cdef Py_ssize_t compute_group(Job* job, int threads, double* memory) noexcept no
 
 cdef struct Groups:
     Job* job
+    Loops loops
     Py_ssize_t count
     Py_ssize_t per_chunk
     int threads               # for each group
@@ -298,7 +299,7 @@ cdef void chunk_of_groups(void* groups, Py_ssize_t chunk) noexcept nogil:
     cdef Job group
     for i in range(first, min(first + g.per_chunk, g.count)):
         group = group_of(g.job, i)
-        compute_group(&group, g.threads, g.scratch + chunk * g.scratch_size)
+        compute_group(&group, &g.loops, g.threads, g.scratch + chunk * g.scratch_size)
 
 
 cdef bint past_cache(const Job* job, double bytes) noexcept nogil:
@@ -327,21 +328,22 @@ cdef int compute(Job* job) noexcept nogil:
         and bytes_into_pack(job, job.dresidual) == bytes_into_pack(job, job.out)
     )
     g.job, g.count, g.threads = job, ceil_div(job.examples, job.outer), threads
+    g.loops = loops_for(job[0])
     if threads > 1 and g.count > 1 and threads_for(2 * bytes / g.count) == 1:
         g.threads = 1  # one thread for a group, several groups at once
         chunks = min(g.count, <Py_ssize_t>CHUNKS_PER_THREAD * threads)
     g.per_chunk = ceil_div(g.count, chunks)
     chunks = ceil_div(g.count, g.per_chunk)
-    g.scratch_size = compute_group(job, g.threads, NULL)
+    g.scratch_size = compute_group(job, &g.loops, g.threads, NULL)
     if g.count > 1:
         last = group_of(job, g.count - 1)  # may be shorter, which lays it out in another way
-        g.scratch_size = max(g.scratch_size, compute_group(&last, g.threads, NULL))
+        g.scratch_size = max(g.scratch_size, compute_group(&last, &g.loops, g.threads, NULL))
     scratch = <double*>malloc((chunks * g.scratch_size + 8) * sizeof(double))
     if scratch == NULL:
         return -1
     g.scratch = <double*>((<uintptr_t>scratch + 63) // 64 * 64)
     if g.count == 1:
-        compute_group(job, threads, g.scratch)
+        compute_group(job, &g.loops, threads, g.scratch)
     else:
         share_out(chunk_of_groups, &g, chunks, threads)
     free(scratch)

@@ -1,5 +1,20 @@
-# What `functional` is given: checked here, whole, before anything is written.
+"""What the functions are given: checked here, whole, before anything is written.
 
+An ndarray that is as one expects, contiguous, aligned and of a common type, goes through C alone,
+for a call with small arrays costs what is done here. `fastbn.checks` sees to everything else.
+"""
+
+import numpy as np
+
+cimport numpy as cnp
+from libc.math cimport isfinite
+
+from fastbn import checks
+from fastbn.functional.cache cimport Cache
+from fastbn.functional.plan import plan
+from fastbn.kernels.job cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Type
+
+cnp.import_array()
 
 cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
 
@@ -28,10 +43,7 @@ cdef cnp.ndarray as_floats(object value, str name):
     elif isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected an array without a mask, got a masked array")
     else:
-        try:
-            array = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: expected an array_like of numbers, got {error}") from None
+        array = checks.array(name, value)
     if type_of(array) == OTHER:
         if array.dtype.kind not in "biu":
             raise TypeError(
@@ -41,29 +53,15 @@ cdef cnp.ndarray as_floats(object value, str name):
     return array
 
 
-cdef inline bint is_ready(cnp.ndarray array):
-    """Whether the kernels can read the elements as they are."""
-    return cnp.PyArray_ISALIGNED(array) and cnp.PyArray_ISNOTSWAPPED(array)
+cdef tuple plan_of(cnp.ndarray x, object axis):
+    return plan((<object>x).shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
 
 
-cdef object integer(object value, str name):
-    try:
-        return index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
-
-
-cdef object checked_axis(object axis, cnp.ndarray x):
-    axis = integer(axis, "axis")
-    plan((<object>x).shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)  # refuses others
-    return axis
-
-
-cdef bint take_x(Cache cache, cnp.ndarray x, object axis) except -1:
+cdef bint place_x(Cache cache, cnp.ndarray x, object axis) except -1:
     """Put x, or a copy that the kernels can walk, and its dimensions into the cache."""
     cdef int channel_axis, i, ndim = cnp.PyArray_NDIM(x)
     if type(axis) is not int:
-        axis = integer(axis, "axis")
+        axis = checks.integer("axis", axis)
     if is_ready(x) and cnp.PyArray_IS_C_CONTIGUOUS(x) and -ndim <= axis < ndim:
         channel_axis = axis
         channel_axis += ndim if channel_axis < 0 else 0
@@ -76,10 +74,10 @@ cdef bint take_x(Cache cache, cnp.ndarray x, object axis) except -1:
         if cache.channels == 1:
             cache.outer, cache.inner = 1, cache.outer * cache.inner
     else:
-        dims = plan((<object>x).shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
+        dims = plan_of(x, axis)
         if dims is None or not is_ready(x):
             x = np.array(x, dtype=x.dtype.newbyteorder("="), order="K", copy=True)
-            dims = plan((<object>x).shape, (<object>x).strides, cnp.PyArray_ITEMSIZE(x), axis)
+            dims = plan_of(x, axis)
         cache.outer, cache.channels, cache.inner = dims
     cache.examples, cache.groups = cache.outer, 1
     cache.x = x
@@ -87,23 +85,24 @@ cdef bint take_x(Cache cache, cnp.ndarray x, object axis) except -1:
     return True
 
 
-cdef bint take_groups(Cache cache, cnp.ndarray x, object axis, object size) except -1:
-    """Do as take_x, and cut the examples of the minibatch into groups of some size.
+cdef bint place_groups(Cache cache, cnp.ndarray x, object axis, object size) except -1:
+    """Do as place_x, and cut the examples of the minibatch into groups of some size.
 
     The memory of an example must lie together: other arrays are copied. Examples are on axis 0, or
     on the last one where that is the axis of the channels.
     """
     cdef Py_ssize_t count, each
     cdef int batch = 0
-    axis = checked_axis(axis, x)
-    take_x(cache, x, axis)
+    axis = checks.integer("axis", axis)
+    place_x(cache, x, axis)
     x = cache.x
     if cnp.PyArray_NDIM(x) < 2:
         raise ValueError(f"x: expected an axis of examples beside that of the channels, got shape "
                          f"{np.shape(x)}")
     if axis % cnp.PyArray_NDIM(x) == 0:
         batch = cnp.PyArray_NDIM(x) - 1
-    count, size = cnp.PyArray_DIM(x, batch), integer(size, "virtual_batch_size")
+    count = cnp.PyArray_DIM(x, batch)
+    size = checks.integer("virtual_batch_size", size)
     if size < 1:
         raise ValueError(f"virtual_batch_size: expected None or an integer >= 1, got {size}")
     each = min(size, max(count, 1))
@@ -111,21 +110,12 @@ cdef bint take_groups(Cache cache, cnp.ndarray x, object axis, object size) exce
         strides = [abs(s) for s, n in zip((<object>x).strides, np.shape(x)) if n > 1]
         if (<object>x).strides[batch] != max(strides, default=0):
             x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, batch, 0)), 0, batch)
-            take_x(cache, x, axis)
+            place_x(cache, x, axis)
         if cache.channels == 1:
             cache.examples, cache.inner = count, cache.inner // count
         cache.outer = cache.examples // count * each
         cache.groups = (count + each - 1) // each
     cache.grouped = True
-    return True
-
-
-cdef bint same_memory_order(cnp.ndarray a, cnp.ndarray b):
-    """Whether two arrays of one shape can be walked side by side, element by element."""
-    cdef int i
-    for i in range(cnp.PyArray_NDIM(a)):
-        if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
-            return False
     return True
 
 
@@ -135,7 +125,7 @@ cdef cnp.ndarray float64s(Py_ssize_t count, double* values):
     return cnp.PyArray_SimpleNewFromData(1, &size, cnp.NPY_FLOAT64, values)
 
 
-cdef cnp.ndarray take_values(
+cdef cnp.ndarray copy_values(
     object value, str name, Py_ssize_t channels, double* values, Type x_type
 ):
     """Copy a value per channel into values; return what its gradient looks like (see Cache)."""
@@ -152,6 +142,8 @@ cdef cnp.ndarray take_values(
                 for c in range(channels):
                     values[c] = (<double*>cnp.PyArray_DATA(array))[c]
                 return array
+    elif value is None:
+        raise TypeError(f"{name}: expected {channels} value(s), one per channel, got None")
     array = as_floats(value, name)
     if cnp.PyArray_SIZE(array) != channels:
         raise ValueError(
@@ -165,27 +157,19 @@ cdef cnp.ndarray take_values(
 
 cdef double checked_eps(object eps) except -1:
     cdef double value
-    try:
+    if type(eps) is float:
         value = eps
-    except TypeError:
-        raise TypeError(f"eps: expected a number, got {type(eps).__name__}") from None
-    except OverflowError:
-        raise ValueError("eps: expected a finite number >= 0, got one beyond float64") from None
-    if not (isfinite(value) and value >= 0):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
-    return value
+        if isfinite(value) and value >= 0:
+            return value
+    return checks.eps("eps", eps)
 
 
-cdef bint take_activation(Cache cache, object activation) except -1:
-    cache.activated = activation is not None
+cdef bint set_activation(Cache cache, object activation) except -1:
+    cache.activated, cache.slope = activation is not None, 0
     if activation is None or type(activation) is str and activation == "relu":
-        cache.slope = 0
-    elif type(activation) is str and activation == "leaky_relu":
+        return True
+    if checks.activation(activation) == "leaky_relu":
         cache.slope = 0.01
-    else:
-        raise ValueError(
-            f"activation: expected None, 'relu' or 'leaky_relu', got {activation!r}"
-        )
     return True
 
 

@@ -1,4 +1,19 @@
-# Where results go: memory of their own, or what out= names.
+"""Where results go: memory of their own, or what out= names."""
+
+import numpy as np
+
+cimport numpy as cnp
+from libc.stdint cimport uintptr_t
+
+from fastbn.functional.arguments cimport float64s, is_ready, same_memory_order
+from fastbn.functional.cache cimport Cache
+from fastbn.kernels.job cimport FLOAT64
+from fastbn.runtime import memory as recycled
+
+cnp.import_array()
+
+cdef enum:
+    RECYCLED = 2 << 20   # bytes: malloc may give larger blocks back, and new pages fault
 
 
 cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
@@ -8,9 +23,9 @@ cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
     """
     if cnp.PyArray_NBYTES(memory) > RECYCLED:
         if beside is None:
-            return memory_of_results.empty_like(memory)
-        return memory_of_results.empty_like(
-            memory, <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>memory_of_results.ALIGNMENT
+            return recycled.empty_like(memory)
+        return recycled.empty_like(
+            memory, <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>recycled.ALIGNMENT
         )
     if cnp.PyArray_IS_C_CONTIGUOUS(memory):
         return cnp.PyArray_EMPTY(

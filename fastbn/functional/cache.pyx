@@ -1,0 +1,144 @@
+"""What the backward pass needs of the forward pass, and what layers keep of it."""
+
+import numpy as np
+
+cimport cython
+cimport numpy as cnp
+
+from fastbn.functional.moments import Moments
+
+cnp.import_array()
+
+
+@cython.final
+@cython.freelist(16)
+cdef class Cache:
+    """What `batch_norm_backward` needs of the forward pass.
+
+    It holds x itself, not a copy: x must not change before the backward pass.
+
+    Attributes
+    ----------
+    mean, var : ndarray of float64, shape (C,)
+        The statistics of each channel; var is biased (divided by M). Where each group of examples
+        has its own, as in `instance_norm`: shape (groups, C).
+    moments : Moments
+        The statistics of the whole minibatch, all groups together.
+    """
+
+    @property
+    def mean(self):
+        return self.matrix(MEAN)
+
+    @property
+    def var(self):
+        return self.matrix(VAR)
+
+    @property
+    def moments(self):
+        return merged(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), self.counts())
+
+    cdef object matrix(self, int which):
+        rows = self.statistics[which * self.groups:(which + 1) * self.groups]
+        return rows if self.grouped else rows[0]
+
+    cdef object counts(self):
+        """Return how many values of a channel each group has."""
+        counts = np.full(self.groups, self.count)
+        if self.grouped:
+            counts[:] = self.outer * self.inner
+            counts[self.groups - 1] = (self.examples - (self.groups - 1) * self.outer) * self.inner
+        return counts
+
+
+cdef Cache checked_cache(object cache, bint one_group=False):
+    """Return a cache that can be gone back through."""
+    if type(cache) is not Cache:
+        raise TypeError(
+            f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
+        )
+    if (<Cache>cache).x is None:
+        raise ValueError(
+            "cache: x is needed for the gradients, but out= has overwritten it; "
+            "give another array as out"
+        )
+    if one_group and (<Cache>cache).grouped:
+        raise ValueError("cache: expected one group of examples; use batch_norm_backward")
+    return cache
+
+
+cdef struct Sum:
+    double high
+    double low  # what rounding has taken from high so far
+
+
+cdef inline Sum plus(Sum a, double b) noexcept nogil:
+    cdef double high = a.high + b, part = high - a.high
+    a.low += (a.high - (high - part)) + (b - part)
+    a.high = high
+    return a
+
+
+def merged(means, lows, variances, counts):
+    """Return the Moments of all, given those of k parts: float64, shape (k, C); counts (k,)."""
+    cdef double[:, :] mean = np.atleast_2d(means), low = np.atleast_2d(lows)
+    cdef double[:, :] var = np.atleast_2d(variances)
+    cdef double[:] n = counts
+    cdef Py_ssize_t parts = mean.shape[0], channels = mean.shape[1], c, i, first = 0
+    cdef cnp.ndarray result = np.zeros((3, channels))
+    cdef double[:, :] into = result
+    cdef double total = np.sum(counts), origin, d, apart
+    cdef Sum distance, m2
+    while first < parts - 1 and n[first] == 0:
+        first += 1
+    for c in range(channels if total else 0):
+        origin = mean[first, c]
+        distance = m2 = Sum(0, 0)
+        for i in range(first, parts):
+            if n[i]:
+                distance = plus(distance, n[i] * ((mean[i, c] - origin) + low[i, c]))
+        d = (distance.high + distance.low) / total
+        for i in range(first, parts):
+            if n[i]:
+                apart = ((mean[i, c] - origin) + low[i, c]) - d
+                m2 = plus(m2, n[i] * (var[i, c] + apart * apart))
+        distance = plus(Sum(origin, 0), d)
+        into[0, c], into[1, c] = distance.high, distance.low
+        into[2, c] = (m2.high + m2.low) / total
+    moments = Moments(result[0], result[2], int(total))
+    moments.mean_low = result[1]
+    return moments
+
+
+cdef double* running(cnp.ndarray array, Py_ssize_t channels) except NULL:
+    if not (
+        cnp.PyArray_ISCARRAY(array)
+        and cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64
+        and cnp.PyArray_SIZE(array) == channels
+    ):
+        raise ValueError(
+            f"running statistics: expected contiguous float64, {channels} value(s), "
+            f"got {array.dtype}, shape {np.shape(array)}"
+        )
+    return <double*>cnp.PyArray_DATA(array)
+
+
+def update_running(
+    Cache cache not None, cnp.ndarray mean not None, cnp.ndarray var not None, double weight
+):
+    """Move running statistics, in place, towards those of a minibatch, var unbiased."""
+    cdef Py_ssize_t c
+    cdef double count = cache.count, unbiased
+    cdef double* running_mean = running(mean, cache.channels)
+    cdef double* running_var = running(var, cache.channels)
+    cdef double* batch_mean = row_of(cache, MEAN)
+    cdef double* batch_var = row_of(cache, VAR)
+    if cache.groups > 1:
+        moments = cache.moments
+        count = moments.count
+        batch_mean = running(moments.mean, cache.channels)
+        batch_var = running(moments.var, cache.channels)
+    unbiased = count / (count - 1)
+    for c in range(cache.channels):
+        running_mean[c] = (1 - weight) * running_mean[c] + weight * batch_mean[c]
+        running_var[c] = (1 - weight) * running_var[c] + weight * (batch_var[c] * unbiased)
