@@ -1,12 +1,12 @@
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from numpy.typing import ArrayLike, NDArray
 
 from fastbn.functional.cache import Cache
 from fastbn.functional.moments import Moments
 
-Array = NDArray[Any]
+Array: TypeAlias = NDArray[Any]
 
 def forward(
     x: ArrayLike,

@@ -47,79 +47,31 @@ depend on who computes them.
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 from fastbn.kernels.job cimport APPLY, BACKWARD_FIXED, FORWARD, INFERENCE, Job
+from fastbn.kernels.loops cimport (
+    LANES,
+    MOST_RUNS,
+    Columns,
+    Loops,
+    Runs,
+    Table,
+    Wide,
+    fence,
+    fill,
+    load,
+    loops_for,
+    prefetch_to_write,
+    rounded,
+    spread,
+    square_root,
+    store,
+    sum_values,
+    where_less,
+)
 from fastbn.runtime.cpu cimport cache_size
 from fastbn.runtime.pool cimport share_out, threads_for
-
-cdef extern from "loops.hpp" namespace "fastbn" nogil:
-    cdef cppclass Wide:  # a pack of doubles
-        Wide operator+(Wide)
-        Wide operator-(Wide)
-        Wide operator*(Wide)
-        Wide operator/(Wide)
-    Wide fill(double value)
-    Wide load(const double* p, int lanes)
-    void store(double* p, Wide a, int lanes)
-    double sum_lanes(Wide a)
-    double sum_values(const double* values, Py_ssize_t count)
-    Wide square_root(Wide a)
-    Wide where_less(Wide a, Wide b, Wide yes, Wide no)
-    Wide put_coefficients(bint wide, void* table, Py_ssize_t i, Wide a, int lanes)
-    void fence()
-    void prefetch_to_write(const void* p)
-
-    cdef enum:
-        LANES
-        MOST_RUNS
-    cdef enum:  # the rows of the table of coefficients
-        CENTER
-        SCALE
-        SHIFT
-        SLOPE
-        LEVEL
-        COEFFICIENTS
-        RESIDUE
-    cdef struct Runs:
-        Py_ssize_t start
-        Py_ssize_t channels
-        Py_ssize_t length
-        Py_ssize_t next_channel
-        Py_ssize_t rows
-        Py_ssize_t next_row
-    cdef struct Columns:
-        Py_ssize_t start
-        Py_ssize_t width
-        Py_ssize_t rows
-        Py_ssize_t next_row
-        Py_ssize_t side
-        Py_ssize_t ahead
-    cdef struct Loops:
-        bint wide
-        bint exact_products
-        void (*sum_runs)(
-            const Job&, const Runs&, bint, double, double*, Py_ssize_t
-        ) noexcept nogil
-        void (*sum_columns)(
-            const Job&, const Columns&, const double*, double*, double*
-        ) noexcept nogil
-        void (*write_runs)(
-            const Job&, const void*, Py_ssize_t, Py_ssize_t, Py_ssize_t
-        ) noexcept nogil
-        void (*write_rows)(
-            const Job&, const void*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t
-        ) noexcept nogil
-        void (*spread)(
-            const void*, void*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t
-        ) noexcept nogil
-        double (*value_at)(const void*, Py_ssize_t) noexcept nogil
-        Wide (*load_at)(const void*, Py_ssize_t, int) noexcept nogil
-        double (*gradient_at)(const Job&, Py_ssize_t) noexcept nogil
-        double (*rounded)(double) noexcept nogil
-    Loops loops_for(const Job&)
-    void spread_doubles "fastbn::spread<double>"(
-        const void*, void*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t
-    )
 
 cdef enum:
     BLOCK = 4096             # values of one channel in a block of runs
@@ -135,6 +87,7 @@ cdef enum:
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
     PANEL = 4096             # values of a row that are taken at once, at least
     CHUNKS_PER_THREAD = 8    # pieces of work, where one can choose
+    COEFFICIENTS = 5         # of a channel: see Table
 
 # The part of itself down to which sum(x * x) may cancel: 4 of float64's 53 bits. That is where the
 # mean is 4 times the standard deviation.
@@ -168,14 +121,12 @@ cdef struct Walk:          # of one group of examples
     Py_ssize_t per_tile    # chunks in a tile, where its blocks are summed in several
     Panel panel
     # Scratch memory; see lay_out.
+    double* table          # coefficients of each channel; see table_of
     double* shifts         # by which x is shifted in sum(dy * x), a channel
     double* lane_shifts    # likewise, a lane of the panel
     double* origins        # the first value of each lane of the panel
     double* sums           # two of each channel (or lane) and block
-    void* table            # coefficients, a channel, from channel `first` on
-    Py_ssize_t first
-    Py_ssize_t row         # from one row of the table to the next
-    void* lanes            # coefficients, a lane of the panel
+    void* lanes            # coefficients of each lane of the panel, as elements
 
 cdef struct Scratch:       # memory that arrays are cut from; without it they are only counted
     double* memory
@@ -219,25 +170,29 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
     """Give each array of a walk its memory."""
     cdef Job* job = w.job
     cdef Py_ssize_t columns = job.channels, start
-    cdef bint rows = job.inner < LANES
-    if rows:
+    if job.inner < LANES:
         choose_panel(w, 0)
         columns = w.panel.padded
-        w.lane_shifts = w.origins = reserve(scratch, columns)  # either is needed
+        w.lane_shifts = w.origins = reserve(scratch, columns)  # only one of them is needed
         # Where stores to out are aligned, so shall be loads of the coefficients of their lanes.
         start = (<uintptr_t>job.out // job.itemsize) % LANES
         w.lanes = reserve(scratch, COEFFICIENTS * w.panel.wrapped + LANES)
         w.lanes = <char*>w.lanes + start * (8 if w.loops.wide else 4)
     else:
         w.blocks = blocks_of_runs(job)
-    w.first, w.row = 0, job.channels
-    if rows and w.panel.width == w.panel.end - w.panel.begin:  # a lane is a channel
-        w.table = w.lanes
-    else:
-        w.table = reserve(scratch, COEFFICIENTS * job.channels)
+    w.table = reserve(scratch, COEFFICIENTS * job.channels)
     w.shifts = reserve(scratch, job.channels)
     if takes_sums(job):
         w.sums = reserve(scratch, 2 * w.blocks * columns)
+
+
+cdef inline Table table_of(const Walk* w) noexcept nogil:
+    cdef Py_ssize_t channels = w.job.channels
+    cdef Table table
+    table.center, table.scale = w.table, w.table + channels
+    table.shift = w.table + 2 * channels
+    table.slope, table.level = w.table + 3 * channels, w.table + 4 * channels
+    return table
 
 
 cdef Py_ssize_t compute_group(

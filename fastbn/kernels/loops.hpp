@@ -17,8 +17,12 @@ namespace fastbn {
 constexpr int LANES = 16;
 constexpr std::ptrdiff_t MOST_RUNS = 64;  // that one call sums side by side
 
-// The rows of the table of coefficients; normalisation needs the first three.
-enum Coefficient { CENTER, SCALE, SHIFT, SLOPE, LEVEL, COEFFICIENTS, RESIDUE = SHIFT };
+// The coefficients of each channel, in float64; normalisation needs the first three.
+//     y = (x - center) * scale + shift
+//     dx = ((g - level) - ((x - center) * slope + shift)) * scale
+struct Table {
+    double *center, *scale, *shift, *slope, *level;
+};
 
 // `channels` runs of `length` values, one behind the other, in each of some rows.
 struct Runs {
@@ -174,32 +178,32 @@ void sum_columns(const Job& job, const Columns& c, const double* k, double* a, d
 
 // -------------------------------------------------------------------------------------- elements
 
+// Those of the lanes of a pack, in the precision of the elements.
 template <class T> struct Coefficients { Pack<T> center, scale, shift, slope, level; };
 
-// Those of one channel in a table whose rows are `row` values long.
 template <class T, bool gradient>
-INLINE Coefficients<T> coefficients_of(const Element<T>* table, std::ptrdiff_t row,
-                                       std::ptrdiff_t channel) {
+INLINE Coefficients<T> coefficients_of(const Table& table, std::ptrdiff_t channel) {
+    using E = Element<T>;
     Coefficients<T> c;
-    c.center = fill(table[CENTER * row + channel]);
-    c.scale = fill(table[SCALE * row + channel]);
-    c.shift = fill(table[SHIFT * row + channel]);
+    c.center = fill((E)table.center[channel]);
+    c.scale = fill((E)table.scale[channel]);
+    c.shift = fill((E)table.shift[channel]);
     if constexpr (gradient) {
-        c.slope = fill(table[SLOPE * row + channel]);
-        c.level = fill(table[LEVEL * row + channel]);
+        c.slope = fill((E)table.slope[channel]);
+        c.level = fill((E)table.level[channel]);
     }
     return c;
 }
-// Those of the lanes that a table begins with.
+// From an array of lanes whose rows are `row` values apart.
 template <class T, bool gradient>
-INLINE Coefficients<T> coefficients_at(const Element<T>* table, std::ptrdiff_t row) {
+INLINE Coefficients<T> coefficients_at(const Element<T>* lanes, std::ptrdiff_t row) {
     Coefficients<T> c;
-    c.center = load(table + CENTER * row, LANES);
-    c.scale = load(table + SCALE * row, LANES);
-    c.shift = load(table + SHIFT * row, LANES);
+    c.center = load(lanes, LANES);
+    c.scale = load(lanes + row, LANES);
+    c.shift = load(lanes + 2 * row, LANES);
     if constexpr (gradient) {
-        c.slope = load(table + SLOPE * row, LANES);
-        c.level = load(table + LEVEL * row, LANES);
+        c.slope = load(lanes + 3 * row, LANES);
+        c.level = load(lanes + 4 * row, LANES);
     }
     return c;
 }
@@ -265,16 +269,16 @@ INLINE bool is_fused(const Job& job) {
 // Write the positions from begin to end, whose runs may be of several channels, from the end; a
 // pack may lie across two channels. Packs begin on lines of out.
 template <class T, bool gradient, bool fused>
-void write_runs(const Job& given, const void* coefficients, std::ptrdiff_t row,
-                std::ptrdiff_t begin, std::ptrdiff_t end) {
+void write_runs(const Job& given, const Table& coefficients, std::ptrdiff_t begin,
+                std::ptrdiff_t end) {
     const Job job = given;  // what is stored cannot change a copy of one's own
-    const Element<T>* table = (const Element<T>*)coefficients;
+    const Table table = coefficients;
     std::ptrdiff_t start = (end - 1) / job.inner * job.inner;  // of the last run
     std::ptrdiff_t channel = start / job.inner % job.channels;
     std::ptrdiff_t bottom = begin + lanes_to_line((const T*)job.out + begin), p = end;
     if (bottom > end) bottom = end;
     int lanes = (int)((end - bottom) % LANES);
-    Coefficients<T> c = coefficients_of<T, gradient>(table, row, channel), below = c;
+    Coefficients<T> c = coefficients_of<T, gradient>(table, channel), below = c;
     while (p > begin) {
         if (lanes == 0 && p > bottom) {  // whole packs of one channel
             std::ptrdiff_t packs = (p - (start > bottom ? start : bottom)) / LANES;
@@ -289,7 +293,7 @@ void write_runs(const Job& given, const void* coefficients, std::ptrdiff_t row,
         p -= lanes;
         if (p < start) {  // the lower part of the pack is of the channel before
             channel = channel ? channel - 1 : job.channels - 1;
-            below = coefficients_of<T, gradient>(table, row, channel);
+            below = coefficients_of<T, gradient>(table, channel);
             c = combine<T, gradient>(below, c, (int)(start - p));
             start -= job.inner;
         }
@@ -301,30 +305,30 @@ void write_runs(const Job& given, const void* coefficients, std::ptrdiff_t row,
 }
 
 // Write `length` positions from `begin` on, from the end. Position `begin` has the coefficients of
-// `lane`; those of all lanes begin again after `width`, and the table goes on for a pack more.
+// `lane`. There are `width` lanes; then they begin again, for a pack more (see spread).
 template <class T, bool gradient, bool fused>
 void write_rows(const Job& given, const void* coefficients, std::ptrdiff_t row,
                 std::ptrdiff_t width, std::ptrdiff_t begin, std::ptrdiff_t length,
                 std::ptrdiff_t lane) {
     const Job job = given;
-    const Element<T>* table = (const Element<T>*)coefficients;
+    const Element<T>* lanes = (const Element<T>*)coefficients;
     std::ptrdiff_t head = lanes_to_line((const T*)job.out + begin);
     if (head > length) head = length;
     int tail = (int)((length - head) % LANES);
     std::ptrdiff_t i = length - tail, at = (lane + i) % width;
     if (tail)
         write_result<T, gradient, fused>(job, begin + i, tail, false,
-                                         coefficients_at<T, gradient>(table + at, row));
+                                         coefficients_at<T, gradient>(lanes + at, row));
     for (std::ptrdiff_t packs = (i - head) / LANES; packs > 0; packs--) {
         i -= LANES;
         at -= LANES;
         while (at < 0) at += width;
         write_result<T, gradient, fused>(job, begin + i, LANES, job.past_cache,
-                                         coefficients_at<T, gradient>(table + at, row));
+                                         coefficients_at<T, gradient>(lanes + at, row));
     }
     if (head)
         write_result<T, gradient, fused>(job, begin, (int)head, false,
-                                         coefficients_at<T, gradient>(table + lane % width, row));
+                                         coefficients_at<T, gradient>(lanes + lane % width, row));
 }
 
 // ---------------------------------------------------------------------------------- single values
@@ -332,8 +336,20 @@ void write_rows(const Job& given, const void* coefficients, std::ptrdiff_t row,
 template <class T> double value_at(const void* values, std::ptrdiff_t i) {
     return value_of(((const T*)values)[i]);
 }
-template <class T> Wide load_at(const void* values, std::ptrdiff_t i, int lanes) {
-    return load_wide((const T*)values + i, lanes);
+template <class T>
+void widen_into(double* into, const void* values, std::ptrdiff_t i, std::ptrdiff_t count) {
+    for (; count >= LANES; count -= LANES, i += LANES, into += LANES)
+        store(into, load_wide((const T*)values + i, LANES), LANES);
+    if (count) store(into, load_wide((const T*)values + i, (int)count), (int)count);
+}
+// Coefficients as the precision of the elements has them.
+INLINE double rounded(double value, bool wide) { return wide ? value : (double)(float)value; }
+INLINE Wide rounded(Wide value, bool wide) {
+    if (wide) return value;
+    double values[LANES];
+    put(values, value);
+    for (double& each : values) each = (float)each;
+    return load((const double*)values, LANES);
 }
 // dy behind the activation.
 template <class T> double gradient_at(const Job& job, std::ptrdiff_t i) {
@@ -341,82 +357,69 @@ template <class T> double gradient_at(const Job& job, std::ptrdiff_t i) {
     if (!job.signs || get_bits(job.signs, job.first_bit + i) & 1) return g;
     return job.slope == 0 ? 0 : g * job.slope;
 }
-// The nearest number that x could be.
-template <class T> double rounded(double value) { return (double)(Element<T>)value; }
-
-// Put each channel's value into its lanes, row after row of `fold`, and go on from the beginning
-// up to `length`. Values may lie where the lanes do, where a lane is a channel.
+// Put each channel's value into its `inner` lanes, and repeat them all up to `length`.
 template <class E>
-void spread(const void* from, void* into, std::ptrdiff_t fold, std::ptrdiff_t channels,
+void spread(const double* __restrict values, E* __restrict lanes, std::ptrdiff_t channels,
             std::ptrdiff_t inner, std::ptrdiff_t length) {
-    const E* values = (const E*)from;
-    E* lanes = (E*)into;
-    std::ptrdiff_t width = fold * channels * inner, j = 0;
-    if (into == from) j = width;
-    while (j < width)
+    std::ptrdiff_t width = channels * inner, i = 0;
+    if (inner == 1)  // a loop that compilers vectorise
+        for (std::ptrdiff_t c = 0; c < channels; c++) lanes[c] = (E)values[c];
+    else
         for (std::ptrdiff_t c = 0; c < channels; c++)
-            for (std::ptrdiff_t i = 0; i < inner; i++) lanes[j++] = values[c];
-    for (; j < length; j++) lanes[j] = lanes[j - width];
+            for (std::ptrdiff_t end = i + inner; i < end; i++) lanes[i] = (E)values[c];
+    for (std::ptrdiff_t done = width; done < length; done += width)
+        std::memcpy(lanes + done, lanes,
+                    sizeof(E) * (std::size_t)(length - done < width ? length - done : width));
+}
+template <class T, bool gradient>
+void spread_table(const Table& table, std::ptrdiff_t first, void* lanes, std::ptrdiff_t channels,
+                  std::ptrdiff_t inner, std::ptrdiff_t length) {
+    const double* rows[] = {table.center, table.scale, table.shift, table.slope, table.level};
+    for (int i = 0; i < (gradient ? 5 : 3); i++)
+        spread(rows[i] + first, (Element<T>*)lanes + i * length, channels, inner, length);
 }
 
 // ------------------------------------------------------------------------------------- one type
 
 using SumRuns = void (*)(const Job&, const Runs&, bool, double, double*, std::ptrdiff_t);
 using SumColumns = void (*)(const Job&, const Columns&, const double*, double*, double*);
-using WriteRuns = void (*)(const Job&, const void*, std::ptrdiff_t, std::ptrdiff_t,
-                           std::ptrdiff_t);
+using WriteRuns = void (*)(const Job&, const Table&, std::ptrdiff_t, std::ptrdiff_t);
 using WriteRows = void (*)(const Job&, const void*, std::ptrdiff_t, std::ptrdiff_t,
                            std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t);
-using Spread = void (*)(const void*, void*, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t,
-                        std::ptrdiff_t);
+using SpreadTable = void (*)(const Table&, std::ptrdiff_t, void*, std::ptrdiff_t, std::ptrdiff_t,
+                             std::ptrdiff_t);
 
 struct Loops {
-    bool wide;            // whether coefficients are float64; they are float32 otherwise
+    bool wide;            // whether elements are computed in float64; in float32 otherwise
     bool exact_products;  // whether those of two values are exact in float64
     SumRuns sum_runs;
     SumColumns sum_columns;
     WriteRuns write_runs;
     WriteRows write_rows;
-    Spread spread;
+    SpreadTable spread_table;
+    void (*widen_into)(double*, const void*, std::ptrdiff_t, std::ptrdiff_t);
     double (*value_at)(const void*, std::ptrdiff_t);
-    Wide (*load_at)(const void*, std::ptrdiff_t, int);
     double (*gradient_at)(const Job&, std::ptrdiff_t);
-    double (*rounded)(double);
 };
 
-template <class T> Loops loops_for(const Job& job) {
-    WriteRuns runs[2][2] = {{write_runs<T, false, false>, write_runs<T, false, true>},
-                            {write_runs<T, true, false>, write_runs<T, true, true>}};
-    WriteRows rows[2][2] = {{write_rows<T, false, false>, write_rows<T, false, true>},
-                            {write_rows<T, true, false>, write_rows<T, true, true>}};
-    bool gradient = job.dy != nullptr, fused = is_fused(job);
+template <class T, bool gradient, bool fused> Loops loops_of() {
     return {sizeof(Element<T>) == 8, exact_products<T>, sum_runs<T>, sum_columns<T>,
-            runs[gradient][fused], rows[gradient][fused], spread<Element<T>>, value_at<T>,
-            load_at<T>, gradient_at<T>, rounded<T>};
+            write_runs<T, gradient, fused>, write_rows<T, gradient, fused>,
+            spread_table<T, gradient>, widen_into<T>, value_at<T>, gradient_at<T>};
+}
+template <class T> Loops loops_of(const Job& job) {
+    if (job.dy) return is_fused(job) ? loops_of<T, true, true>() : loops_of<T, true, false>();
+    return is_fused(job) ? loops_of<T, false, true>() : loops_of<T, false, false>();
 }
 
 // The one place that goes from a type as a number to one as a template argument.
 Loops loops_for(const Job& job) {
     switch (job.type) {
-        case FLOAT64: return loops_for<double>(job);
-        case FLOAT16: return loops_for<Half>(job);
-        case BFLOAT16: return loops_for<Bfloat>(job);
-        default: return loops_for<float>(job);
+        case FLOAT64: return loops_of<double>(job);
+        case FLOAT16: return loops_of<Half>(job);
+        case BFLOAT16: return loops_of<Bfloat>(job);
+        default: return loops_of<float>(job);
     }
-}
-
-// Round coefficients to their precision, put them into a table, and return them as they are there.
-INLINE Wide put_coefficients(bool wide, void* table, std::ptrdiff_t i, Wide a, int lanes) {
-    if (wide) {
-        store((double*)table + i, a, lanes);
-        return a;
-    }
-    double exact[LANES];
-    float rounded[LANES];
-    put(exact, a);
-    for (int l = 0; l < LANES; l++) rounded[l] = (float)exact[l];
-    store((float*)table + i, load((const float*)rounded, LANES), lanes);
-    return load_wide((const float*)rounded, LANES);
 }
 
 }  // namespace

@@ -25,32 +25,33 @@ cdef inline Py_ssize_t rows_of_block_of_panel(const Panel* panel, Py_ssize_t ind
 
 cdef void moments_of_block(Walk* w, Columns columns, double* a, double* b) noexcept nogil:
     """Turn the sums of a block into its moments, after summing it again where they cancel."""
-    cdef Wide one = fill(1.0), zero = fill(0.0), limit = fill(w.cancelled)
-    cdef Wide per_row = fill(1.0 / columns.rows), sa, sb, k, m2
-    cdef double shifts[16]
-    cdef double again_a[16]
-    cdef double again_b[16]
-    cdef Py_ssize_t j, i, start = columns.start, width = columns.width
-    cdef int lanes, lane
+    cdef double per_row = 1.0 / columns.rows, limit = w.cancelled, m2
+    cdef double k[16]
+    cdef const double* origins = w.origins
+    cdef Py_ssize_t j, start = columns.start, width = columns.width
+    cdef int lane
+    cdef bint cancelled
     columns.ahead = 0
     for j from 0 <= j < width by LANES:
-        lanes = min(width - j, <Py_ssize_t>LANES)
-        sa, sb = load(a + j, LANES), load(b + j, LANES)
-        k = zero if w.loops.exact_products else w.loops.load_at(w.job.x, start + j, lanes)
-        m2 = sb - sa * sa * per_row
-        if sum_lanes(where_less(m2, sb * limit, one, zero)) > 0:
-            # Shifted by the mean, rounded so that d * d is exact, where x is no float64.
-            store(shifts, k + sa * per_row, LANES)
+        for lane in range(LANES):
+            k[lane] = 0
+        columns.start, columns.width = start + j, min(width - j, <Py_ssize_t>LANES)
+        if not w.loops.exact_products:
+            w.loops.widen_into(k, w.job.x, columns.start, columns.width)
+        cancelled = False
+        for lane in range(LANES):
+            m2 = b[j + lane] - a[j + lane] * a[j + lane] * per_row
+            cancelled |= m2 < b[j + lane] * limit
+        if cancelled:
             for lane in range(LANES):
-                shifts[lane] = w.loops.rounded(shifts[lane])
-            k = where_less(m2, sb * limit, load(shifts, LANES), k)
-            store(shifts, k, LANES)
-            columns.start, columns.width = start + j, lanes
-            w.loops.sum_columns(w.job[0], columns, shifts, again_a, again_b)
-            sa, sb = load(again_a, LANES), load(again_b, LANES)
-            m2 = sb - sa * sa * per_row
-        store(a + j, (k - load(w.origins + j, LANES)) + sa * per_row, LANES)
-        store(b + j, m2, LANES)
+                m2 = b[j + lane] - a[j + lane] * a[j + lane] * per_row
+                if m2 < b[j + lane] * limit:
+                    # By the mean, rounded so that d * d is exact, where x is no float64.
+                    k[lane] = rounded(k[lane] + a[j + lane] * per_row, w.loops.wide)
+            w.loops.sum_columns(w.job[0], columns, k, a + j, b + j)
+        for lane in range(LANES):
+            b[j + lane] -= a[j + lane] * a[j + lane] * per_row
+            a[j + lane] = (k[lane] - origins[j + lane]) + a[j + lane] * per_row
 
 
 cdef void chunk_of_panel_blocks(void* walk, Py_ssize_t index) noexcept nogil:
@@ -73,22 +74,22 @@ cdef void chunk_of_panel_blocks(void* walk, Py_ssize_t index) noexcept nogil:
 cdef void merge_block(Walk* w, Py_ssize_t index) noexcept nogil:
     """Take a block into the sums or moments of those before it, all lanes side by side."""
     cdef Py_ssize_t padded = w.panel.padded, j
-    cdef double* into = w.sums
-    cdef const double* sums = w.sums + 2 * index * padded
-    cdef double n = <double>index * w.panel.block_rows
+    cdef double* a = w.sums
+    cdef double* b = w.sums + padded
+    cdef const double* block_a = w.sums + 2 * index * padded
+    cdef const double* block_b = block_a + padded
+    cdef double n = <double>index * w.panel.block_rows, delta
     cdef double block_n = rows_of_block_of_panel(&w.panel, index)
-    cdef Wide weight = fill(block_n / (n + block_n)), both = fill(n) * weight, a, b, delta
-    for j from 0 <= j < padded by LANES:
-        a, b = load(into + j, LANES), load(into + padded + j, LANES)
-        if w.job.operation == FORWARD:
-            delta = load(sums + j, LANES) - a
-            a = a + delta * weight
-            b = b + (load(sums + padded + j, LANES) + delta * delta * both)
-        else:
-            a = a + load(sums + j, LANES)
-            b = b + load(sums + padded + j, LANES)
-        store(into + j, a, LANES)
-        store(into + padded + j, b, LANES)
+    cdef double weight = block_n / (n + block_n), both = n * weight
+    if w.job.operation == FORWARD:
+        for j in range(padded):
+            delta = block_a[j] - a[j]
+            a[j] += delta * weight
+            b[j] += block_b[j] + delta * delta * both
+    else:
+        for j in range(padded):
+            a[j] += block_a[j]
+            b[j] += block_b[j]
 
 
 cdef void merge_lanes(Walk* w, Py_ssize_t channel) noexcept nogil:
@@ -133,55 +134,31 @@ cdef void merge_lanes(Walk* w, Py_ssize_t channel) noexcept nogil:
 cdef void copy_lanes(Walk* w) noexcept nogil:
     """Do as merge_lanes for each channel, where a lane is a channel."""
     cdef Job* job = w.job
-    cdef double* first = job.mean if job.operation == FORWARD else job.dbeta
-    cdef double* second = job.var if job.operation == FORWARD else job.dgamma
-    cdef Py_ssize_t j, s
-    cdef int lanes
-    for j from 0 <= j < w.panel.width by LANES:
-        lanes, s = min(w.panel.width - j, <Py_ssize_t>LANES), statistic_of(job, w.panel.begin + j)
-        store(first + s, load(w.sums + j, lanes), lanes)
-        store(second + s, load(w.sums + w.panel.padded + j, lanes), lanes)
-        if job.operation == FORWARD:
-            store(job.mean_low + s, load(w.origins + j, lanes), lanes)
+    cdef bint forward = job.operation == FORWARD
+    cdef Py_ssize_t s = statistic_of(job, w.panel.begin), size = w.panel.width * sizeof(double)
+    memcpy((job.mean if forward else job.dbeta) + s, w.sums, size)
+    memcpy((job.var if forward else job.dgamma) + s, w.sums + w.panel.padded, size)
+    if forward:
+        memcpy(job.mean_low + s, w.origins, size)
 
 
 cdef void sum_panel(Walk* w) noexcept nogil:
     """Sum the blocks of the panel and put them together, in order, and the lanes of a channel."""
+    cdef Job* job = w.job
     cdef Panel* panel = &w.panel
-    cdef Py_ssize_t j, index, c
-    if w.job.dy != NULL:
-        spread_doubles(
-            w.shifts + panel.begin, w.lane_shifts, panel.fold, panel.end - panel.begin,
-            w.job.inner, panel.padded,
-        )
+    cdef Py_ssize_t channels = panel.end - panel.begin, index, c
+    if job.dy != NULL:
+        spread(w.shifts + panel.begin, w.lane_shifts, channels, job.inner, panel.padded)
     else:
-        for j from 0 <= j < panel.width by LANES:
-            store(
-                w.origins + j,
-                w.loops.load_at(
-                    w.job.x, panel.start + j, min(panel.width - j, <Py_ssize_t>LANES)
-                ),
-                LANES,
-            )
+        w.loops.widen_into(w.origins, job.x, panel.start, panel.width)
     share_out(chunk_of_panel_blocks, w, w.blocks, w.threads)
     for index in range(1, w.blocks):
         merge_block(w, index)
-    if panel.width == panel.end - panel.begin:
+    if panel.width == channels:
         copy_lanes(w)
     else:
         for c in range(panel.begin, panel.end):
             merge_lanes(w, c)
-
-
-cdef void spread_coefficients(Walk* w) noexcept nogil:
-    """Put the coefficients of its channel into each lane of the panel."""
-    cdef Panel* panel = &w.panel
-    cdef Py_ssize_t size = 8 if w.loops.wide else 4, i
-    for i in range(COEFFICIENTS if w.job.dy != NULL else SHIFT + 1):
-        w.loops.spread(
-            <char*>w.table + i * w.row * size, <char*>w.lanes + i * panel.wrapped * size,
-            panel.fold, panel.end - panel.begin, w.job.inner, panel.wrapped,
-        )
 
 
 cdef void chunk_of_values(void* walk, Py_ssize_t chunk) noexcept nogil:
@@ -218,15 +195,14 @@ cdef void walk_rows(Walk* w) noexcept nogil:
     panel.end = 0
     while panel.end < job.channels:
         choose_panel(w, panel.end)
-        w.first = panel.begin
-        if panel.width == panel.end - panel.begin:  # a lane is a channel
-            w.row = panel.wrapped
         if takes_sums(job):
             sum_panel(w)
         make_coefficients(w, panel.begin, panel.end)
         if job.out == NULL:
             continue
-        spread_coefficients(w)
+        w.loops.spread_table(
+            table_of(w), panel.begin, w.lanes, panel.end - panel.begin, job.inner, panel.wrapped
+        )
         if panel.width == panel.stride:
             share_out(
                 chunk_of_values, w, cut(w, job.outer * job.channels * job.inner), w.threads

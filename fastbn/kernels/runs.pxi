@@ -104,7 +104,8 @@ cdef void finish_block(Walk* w, Py_ssize_t c, Block block, Py_ssize_t index) noe
         )
         sum_long_runs(w, c, c + 1, block, index, True, k)
     if sums[1] - sums[0] * sums[0] / n < sums[1] * w.cancelled:
-        k = w.loops.rounded(k + sums[0] / n)  # so that d * d is exact, where x is no float64
+        # So that d * d is exact, where x is no float64.
+        k = rounded(k + sums[0] / n, w.loops.wide)
         sum_long_runs(w, c, c + 1, block, index, True, k)
     sums[1] -= sums[0] * sums[0] / n
     sums[0] = (k - w.loops.value_at(job.x, c * job.inner)) + sums[0] / n
@@ -165,13 +166,14 @@ cdef void write_tile(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Write the results of some channels, from the last example to the first."""
     cdef Job* job = w.job
     cdef Py_ssize_t stride = job.channels * job.inner, row, first, size = job.itemsize
+    cdef Table table = table_of(w)
     for row in range(job.outer - 1, -1, -1):
         first = row * stride
         if job.past_cache and row:  # of its first and last line, part lies outside
             prefetch_to_write(<char*>job.out + (first - stride + begin * job.inner) * size)
             prefetch_to_write(<char*>job.out + (first - stride + end * job.inner) * size)
         w.loops.write_runs(
-            job[0], w.table, w.row, first + begin * job.inner, first + end * job.inner
+            job[0], table, first + begin * job.inner, first + end * job.inner
         )
 
 
@@ -204,7 +206,7 @@ cdef void chunk_of_positions(void* walk, Py_ssize_t chunk) noexcept nogil:
     cdef Walk* w = <Walk*>walk
     cdef Py_ssize_t first = chunk * w.per_chunk
     cdef Py_ssize_t values = w.job.outer * w.job.channels * w.job.inner
-    w.loops.write_runs(w.job[0], w.table, w.row, first, min(first + w.per_chunk, values))
+    w.loops.write_runs(w.job[0], table_of(w), first, min(first + w.per_chunk, values))
     if w.job.past_cache:
         fence()
 

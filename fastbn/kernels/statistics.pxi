@@ -1,4 +1,4 @@
-# From sums to statistics, and from statistics to coefficients.
+# From sums to statistics, and from statistics to coefficients: over channels, 16 at a time.
 
 
 cdef inline void merge(
@@ -31,29 +31,21 @@ cdef void finish_moments(Job* job, Py_ssize_t begin, Py_ssize_t end) noexcept no
         store(job.var + s, where_less(m2, zero, zero, m2) / count, lanes)
 
 
-cdef inline Wide put_coefficient(
-    Walk* w, Py_ssize_t coefficient, Py_ssize_t channel, Wide a, int lanes
-) noexcept nogil:
-    """Put a coefficient of some channels into the table; return it as it is rounded there."""
-    return put_coefficients(
-        w.loops.wide, w.table, coefficient * w.row + channel - w.first, a, lanes
-    )
-
-
 cdef void make_affine_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Make center, scale and shift of some channels."""
     cdef Job* job = w.job
-    cdef Wide eps = fill(job.eps), mean, scale, shift, low
+    cdef Table table = table_of(w)
+    cdef Wide eps = fill(job.eps), mean, low, center, scale
     cdef Py_ssize_t c, s, p
     cdef int lanes
     for c from begin <= c < end by LANES:
         lanes, s, p = min(end - c, <Py_ssize_t>LANES), statistic_of(job, c), parameter_of(job, c)
-        mean = load(job.mean + s, lanes)
+        mean, low = load(job.mean + s, lanes), load(job.mean_low + s, lanes)
+        center = rounded(mean, w.loops.wide)
         scale = load(job.gamma + p, lanes) / square_root(load(job.var + s, lanes) + eps)
-        low = mean - put_coefficient(w, CENTER, c, mean, lanes)
-        shift = load(job.beta + p, lanes) - (low + load(job.mean_low + s, lanes)) * scale
-        put_coefficient(w, SCALE, c, scale, lanes)
-        put_coefficient(w, SHIFT, c, shift, lanes)
+        store(table.center + c, center, lanes)
+        store(table.scale + c, scale, lanes)
+        store(table.shift + c, load(job.beta + p, lanes) - ((mean - center) + low) * scale, lanes)
 
 
 cdef void choose_shifts(Walk* w) noexcept nogil:
@@ -63,18 +55,16 @@ cdef void choose_shifts(Walk* w) noexcept nogil:
     for c in range(job.channels):
         s = statistic_of(job, c)
         w.shifts[c] = 0
-        if (
-            not w.loops.exact_products
-            or job.mean[s] * job.mean[s] * CANCELLED > job.var[s]
-        ):
+        if not w.loops.exact_products or job.mean[s] * job.mean[s] * CANCELLED > job.var[s]:
             w.shifts[c], w.shifted = job.mean[s], True
 
 
 cdef void make_gradient_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Make the coefficients of dx of some channels, and dgamma, so far sum(dy * (x - shift))."""
     cdef Job* job = w.job
+    cdef Table table = table_of(w)
     cdef Wide eps = fill(job.eps), count = fill(job.count), one = fill(1.0)
-    cdef Wide mean, low, rstd, dbeta, dgamma, scale, slope, level, lost
+    cdef Wide mean, low, rstd, dbeta, dgamma, center, slope, level, residue
     cdef Py_ssize_t c, s, p
     cdef int lanes
     for c from begin <= c < end by LANES:
@@ -85,13 +75,14 @@ cdef void make_gradient_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) 
         if job.operation != APPLY:
             dgamma = (dgamma - (mean - load(w.shifts + c, lanes) + low) * dbeta) * rstd
             store(job.dgamma + s, dgamma, lanes)
-        scale = load(job.gamma + p, lanes) * rstd
-        slope, level = rstd * (dgamma / count), dbeta / count
-        low = low + (mean - put_coefficient(w, CENTER, c, mean, lanes))
-        put_coefficient(w, SCALE, c, scale, lanes)
-        put_coefficient(w, SLOPE, c, slope, lanes)
-        lost = level - put_coefficient(w, LEVEL, c, level, lanes)
-        put_coefficient(w, RESIDUE, c, lost - low * slope, lanes)
+        center, slope, level = rounded(mean, w.loops.wide), rstd * (dgamma / count), dbeta / count
+        # What center and level lose in rounding.
+        residue = (level - rounded(level, w.loops.wide)) - (low + (mean - center)) * slope
+        store(table.center + c, center, lanes)
+        store(table.scale + c, load(job.gamma + p, lanes) * rstd, lanes)
+        store(table.shift + c, residue, lanes)
+        store(table.slope + c, slope, lanes)
+        store(table.level + c, level, lanes)
 
 
 cdef void make_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
