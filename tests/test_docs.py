@@ -2,6 +2,7 @@
 
 import doctest
 import re
+import runpy
 from importlib import import_module
 from pathlib import Path
 
@@ -122,6 +123,14 @@ def test_the_architecture_page_lists_the_rooms_as_they_are():
     assert listed == {
         room: {each or "fastbn" for each in allowed} for room, allowed in ALLOWED.items()
     }
+
+
+def test_the_way_of_a_call_is_drawn_as_it_is_told():
+    pytest.importorskip("matplotlib")
+    drawn = [hop for _, hop, _ in runpy.run_path(str(ROOT / "docs" / "draw.py"))["WAY"]]
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert re.findall(r"^\d+\. \*\*(.+?)\*\*", page, re.MULTILINE) == drawn
+    assert len(drawn) <= 12
 
 
 def test_the_tree_lists_each_file_of_the_package():
