@@ -23,8 +23,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "drawn", "gallery"]
 
-# Docstrings put parameters and functions alike between single backticks; what is no name to link to
-# is set as code.
+# Docstrings put parameters and functions between single backticks. Sphinx links those that are
+# public names and sets the others as code.
 default_role = "py:obj"
 autodoc_typehints = "none"  # the docstrings tell types and shapes in fewer words
 numpydoc_show_class_members = False
