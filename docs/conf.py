@@ -1,6 +1,14 @@
 """How Sphinx builds the pages: `nox -s docs`."""
 
+import sys
+from pathlib import Path
+
 import fastbn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from draw import draw
+
+draw()
 
 project = author = "fastbn"
 release = fastbn.__version__
@@ -13,10 +21,10 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "gallery"]
+exclude_patterns = ["_build", "drawn", "gallery"]
 
-# Docstrings put parameters and functions alike between single backticks; what is no name to link to
-# is set as code.
+# Docstrings put parameters and functions between single backticks. Sphinx links those that are
+# public names and sets the others as code.
 default_role = "py:obj"
 autodoc_typehints = "none"  # the docstrings tell types and shapes in fewer words
 numpydoc_show_class_members = False
@@ -35,7 +43,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = "fastbn"
 html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
-html_sidebars = {"start": [], "notation": []}  # they have no pages beneath them
+html_sidebars = {"start": [], "questions": []}  # they have no pages beneath them
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 html_theme_options = {
     "logo": {"text": "fastbn"},

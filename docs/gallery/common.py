@@ -17,8 +17,8 @@ SEEDS = range(5)
 GUESSING = 0.1  # the accuracy of a network that has learned nothing of ten digits
 
 _DIGITS = load("digits")
-# No page chooses anything by examples it has not trained on, so those of validation and of test
-# are put together: 502, which makes one example 0.2%.
+# No page chooses anything by held-out examples. So validation and test examples count together:
+# there are 502, and one of them is 0.2%.
 _HELD_OUT = tuple(map(np.concatenate, zip(_DIGITS.validation, _DIGITS.test, strict=True)))
 DATA = Data(_DIGITS.train, _HELD_OUT, _HELD_OUT)
 
@@ -39,7 +39,7 @@ STYLE = {
 def make_trainer(network=None, *, data=DATA, **options):
     """Return the demo's `Trainer` with these options of its configuration.
 
-    ``network(rng)`` builds another network than the one that the options tell.
+    ``network(rng)`` builds the network, in place of the one that the options describe.
     """
     config = configure({"lr_decay": "none", **options})
     trainer = Trainer(config, data)
@@ -62,7 +62,7 @@ def perceptron(rng, hidden, between, *, bias=False):
 def train(trainer, epochs):
     """Train for some epochs and return the held-out accuracy after each.
 
-    From the epoch on in which the loss is not finite any more, it is that of guessing.
+    From the epoch in which the loss stops being finite, it is the accuracy of guessing.
     """
     accuracies = np.full(epochs, GUESSING)
     for epoch in range(epochs):
@@ -74,7 +74,7 @@ def train(trainer, epochs):
 
 
 def epochs_to(accuracy, curve):
-    """Return after how many epochs a curve first is as high; infinity, if it never is."""
+    """Return after how many epochs a curve reaches the accuracy; infinity if it never does."""
     reached = np.flatnonzero(curve >= accuracy)
     return reached[0] + 1 if reached.size else np.inf
 

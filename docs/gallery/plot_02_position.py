@@ -3,7 +3,7 @@ Before or after the activation, and the bias of Z
 =================================================
 
 The course puts batch norm between ``Z = W A`` and the activation, and drops the bias of Z. Others
-put it after the activation. Both claims are tried on a network of four hidden layers.
+put batch norm after the activation. A network of four hidden layers tries both.
 """
 
 from itertools import pairwise
@@ -56,11 +56,10 @@ for setting in SETTINGS:
     print(f"{setting[0]:4} {setting[1]:<5g}  before {spread(ends[0])}  after {spread(ends[1])}")
 
 # %%
-# In no setting do the two positions end further than three hundredths from each other, which is
-# hardly more than seeds differ. In the first epochs at the lowest learning rate *after* is
-# quicker. The course's order is a good default, not a law. What decides in practice is the
-# arithmetic around it: before the activation, batch norm folds into the linear map at inference,
-# and ReLU can be fused to it.
+# The two positions end within three hundredths of each other in all settings, and seeds differ by
+# nearly as much. *After* is quicker in the first epochs at the lowest learning rate. So the
+# course's order is a good default and no law. The arithmetic around it decides in practice: before
+# the activation, batch norm folds into the linear map for inference, and ReLU can be fused with it.
 
 means = {key: np.mean(accuracies, axis=0) for key, accuracies in curves.items()}
 for setting in SETTINGS:
@@ -71,9 +70,10 @@ assert (means[after_relu, SETTINGS[0]] > means[before_relu, SETTINGS[0]])[:2].al
 # The bias of Z
 # -------------
 #
-# The mean takes away whatever is added to a whole channel. So the gradient of the bias must be
-# zero. It is measured here at each step, after each layer's own gradient of beta, which is what a
-# bias would get without batch norm; and so is how far the bias has moved from zero.
+# Batch norm subtracts the mean, and with it whatever is added to a whole channel. So the gradient
+# of the bias must be zero. The left figure shows it at each step, divided by the gradient of beta,
+# which is what a bias would get without batch norm. The right figure shows how far the bias has
+# moved from zero.
 
 
 def watch(optimizer, lr):
@@ -118,11 +118,11 @@ print("adam without bias", spread([run[-1] for run in curves[before_relu, ("adam
 print("adam with bias   ", spread([run[-1] for run in with_bias]))
 
 # %%
-# The gradient is zero up to rounding, less than a hundred-thousandth of that of beta, and under
-# gradient descent the bias stays where it was: it is dead weight. Under Adam it does move, more
-# than ten thousand times as far: Adam divides each gradient by its own size, so that it turns the
-# noise of rounding into steps. They change nothing in what the network computes while it trains,
-# and cost time and memory; the accuracies above agree. Leave the bias away.
+# The gradient is zero up to rounding: less than a hundred-thousandth of that of beta. Gradient
+# descent leaves the bias where it was. Adam moves it more than ten thousand times as far, because
+# Adam divides each gradient by its own size and so turns the noise of rounding into steps. These
+# steps change nothing in what the network computes in training, and the accuracies above agree. But
+# the bias costs time and memory. Leave it out.
 
 assert last["sgd"][0] < 1e-5
 assert last["adam"][0] < 1e-5

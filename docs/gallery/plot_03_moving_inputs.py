@@ -3,10 +3,10 @@ The moving inputs of deeper layers
 ==================================
 
 While a network learns, the inputs of its deeper layers move, because the layers before them change.
-Batch norm was invented to hold them still, and this "internal covariate shift" is the reason for
-its success that the paper, and the course, give. Santurkar et al. (2018) doubted it, and made an
-experiment: noise *after* batch norm that moves the inputs again, at each step anew. Here is the
-movement, measured, and the experiment.
+Batch norm was invented to hold these inputs still. The paper, and the course, say that this is why
+it works: it reduces the "internal covariate shift". Santurkar et al. (2018) doubted it and made an
+experiment: they added noise *after* batch norm, which moves the inputs again at each step. This
+page measures the movement and repeats the experiment.
 """
 
 from copy import deepcopy
@@ -50,11 +50,11 @@ def shaken(rng):
 NETWORKS = {"without": plain, "batch norm": normed, "batch norm and noise": shaken}
 
 # %%
-# How much the inputs of the fifth linear layer move is measured in two ways, at every fifth step,
-# on 256 training examples that stay the same. *Movement*: by how many of its standard deviations
-# an input changes in one step. *Angle*: that between the gradient of this layer's weights before
-# and after the layers in front of it are updated, in degrees; this is how Santurkar et al. define
-# the shift.
+# Two numbers tell how much the inputs of the fifth linear layer move. They are taken at every fifth
+# step, on 256 training examples that stay the same. *Movement*: by how many of its standard
+# deviations an input changes in one step. *Angle*: the gradient of this layer's weights before and
+# after the layers in front of it are updated, and the angle between the two in degrees. Santurkar
+# et al. define the shift by this angle.
 
 
 def probe(network):
@@ -90,7 +90,7 @@ def measured(build, lr, seed):
                 old.params[name][...] = value
         (x, gradient), (_, changed), (moved, _) = probe(before), probe(mixed), probe(after)
         spread_of_x = x.std(axis=0)
-        alive = spread_of_x > 1e-3  # a unit that is zero for every example cannot be measured so
+        alive = spread_of_x > 1e-3  # a unit that is zero for every example has no movement
         movements.append((abs(moved - x).mean(axis=0) / (spread_of_x + 1e-12))[alive].mean())
         cosine = gradient @ changed / (np.linalg.norm(gradient) * np.linalg.norm(changed) + 1e-30)
         angles.append(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
@@ -134,14 +134,14 @@ for key, runs in results.items():
     )
 
 # %%
-# The first half of the story holds on this network: batch norm does hold the inputs of deeper
-# layers stiller, by both measures (Santurkar et al. found no difference in theirs). The second
-# half does not. With the noise the inputs move more than five times as much as without batch norm,
-# and the gradient of a step says next to nothing about the next: the angle is nearly a right one.
-# Yet at the high learning rate this network learns faster than the one without batch norm, whose
-# inputs are so much stiller. So stillness is not what makes batch norm train at high rates. Noise
-# is not free either: at the low rate, where batch norm has nothing to win, it makes learning
-# slower than without.
+# The first half of the story holds on this network: batch norm keeps the inputs of deeper layers
+# stiller, by both measures. (Santurkar et al. found no difference in their networks.) The second
+# half fails. With the noise the inputs move more than five times as much as without batch norm, and
+# the gradient before an update says next to nothing about the one after it: the angle is nearly a
+# right one. Still, at the high learning rate this network learns faster than the network without
+# batch norm, whose inputs are much stiller. So stillness is not the reason why batch norm trains at
+# high rates. Noise is not free either: at the low rate, where batch norm has nothing to gain, the
+# network with noise learns more slowly than the one without batch norm.
 
 for lr in LRS:
     still, normed_, noisy = (movement[name, lr] for name in NETWORKS)

@@ -2,10 +2,10 @@
 The smoother loss
 =================
 
-Santurkar et al. (2018) explain batch norm by the landscape: the loss, and its gradient, change less
-along the step that is taken. Here this is measured as they did it: while a network trains, one goes
-from its weights along the negative gradient, further and further, and looks at the loss and the
-gradient there. Both networks train at the same learning rate, which both can use.
+Santurkar et al. (2018) explain batch norm by the landscape: the loss and its gradient change less
+along a step. This page measures it as they did. While a network trains, we go from its weights
+along the negative gradient, further and further, and compute the loss and the gradient there. Both
+networks train at the same learning rate, and both can use it.
 """
 
 import numpy as np
@@ -39,10 +39,10 @@ def loss_and_gradient(network, x, y):
 
 
 def measured(norm, depth, seed):
-    """Train, and return for every tenth step what its direction looks like.
+    """Train, and return what the loss is like in the direction of every tenth step.
 
-    For each distance along the negative gradient g(0): the loss there less that at the start;
-    |g(d) - g(0)|, relative to |g(0)|; and the effective beta-smoothness, |g(d) - g(0)| over the
+    For each distance d along the negative gradient g(0) these are three numbers: the change of the
+    loss; |g(d) - g(0)| over |g(0)|; and the effective beta-smoothness, |g(d) - g(0)| over the
     length of the way to d.
     """
     trainer = make_trainer(norm=norm, hidden=(64,) * depth, optimizer="sgd", lr=LR, seed=seed)
@@ -75,8 +75,8 @@ def measured(norm, depth, seed):
 found = {norm: np.array([measured(norm, DEPTH, seed) for seed in SEEDS]) for norm in NAMES}
 
 # %%
-# Drawn is the worst of the five distances, at each step: the highest loss, the largest change of
-# the gradient, the largest beta.
+# The figure shows the worst of the five distances at each step: the highest loss, the largest
+# change of the gradient, the largest beta.
 
 axes = panels("change of the loss", "change of the gradient", "effective beta-smoothness")
 for norm, values in found.items():
@@ -91,8 +91,8 @@ for each in axes:
 axes[1].legend()
 
 # %%
-# And the whole profile: the median over steps and seeds. A distance of 0.05 is the step of this
-# training.
+# The next figure shows all distances: the median over steps and seeds. A distance of 0.05 is the
+# step of this training.
 
 profile = {norm: np.median(values, axis=(0, 1)) for norm, values in found.items()}
 axes = panels(
@@ -119,11 +119,11 @@ def tell(depth, profile):
 tell(DEPTH, profile)
 
 # %%
-# This part of the story holds, and clearly. Eight times as far as a step of this training goes,
-# the loss with batch norm is still below that at the start, and the gradient has changed by about
-# itself; without, the loss has risen and the gradient is another by far. That is why batch norm
-# trains at higher rates. Look at the size of beta, too: it is not small with batch norm, only some
-# two times smaller. What differs is how far away the bad places are.
+# This claim holds clearly. At eight times the step of this training, the loss with batch norm is
+# still below that at the start, and the gradient has changed by about its own length. Without batch
+# norm the loss has risen, and the gradient has changed by far more. This is why batch norm trains
+# at higher rates. Beta with batch norm is not small, though: it is some two times smaller. The
+# difference is how far away the bad places are.
 
 smooth, rough = profile["batch"], profile["none"]
 assert smooth[0, -1] < 0 < rough[0, -1]
@@ -132,7 +132,7 @@ assert rough[1, -1] > 3 * smooth[1, -1]
 assert rough[2].max() / 4 < smooth[2].max() < rough[2].max() / 1.2
 
 # %%
-# Is it depth that makes the difference? The same for a single hidden layer:
+# Does this come from the depth? Here is the same for a single hidden layer:
 
 shallow = {
     norm: np.median([measured(norm, 1, seed) for seed in SEEDS], axis=(0, 1)) for norm in NAMES
@@ -140,8 +140,8 @@ shallow = {
 tell(1, shallow)
 
 # %%
-# There the gradient still changes less with batch norm, but the loss falls along the way with and
-# without. A smoother landscape is worth most where there is a rough one to smooth.
+# The gradient still changes less with batch norm, but the loss falls along the way with and without
+# it. So a smoother landscape helps most where the landscape is rough.
 
 assert shallow["batch"][1, -1] < shallow["none"][1, -1]
 assert shallow["none"][0, -1] < 0

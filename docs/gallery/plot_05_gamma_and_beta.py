@@ -2,9 +2,9 @@
 Gamma, beta, both, none
 =======================
 
-After normalising, batch norm multiplies by gamma and adds beta, and learns both. The notes that
-fastbn comes from call the bias term the secret sauce. Here one or both are held at their start, 1
-and 0, by a hook that sets their gradients to zero before the optimizer sees them.
+Batch norm multiplies the normalised values by gamma and adds beta, and it learns both. The notes
+that fastbn comes from call the bias term the secret sauce. Here a hook holds one or both at their
+start, 1 and 0: it sets their gradients to zero before the optimizer reads them.
 """
 
 import numpy as np
@@ -52,13 +52,13 @@ axes[0].set_ylabel("held-out accuracy")
 axes[2].legend(loc="lower right")
 
 # %%
-# In the narrow network beta is worth far more than gamma: alone it does nearly all that both do,
-# and gamma alone nearly nothing. Without beta each unit is cut by ReLU at its own mean, on for
-# about half of the examples, and with four units there is no other one to make up for that. Eight
-# units already hide it, and with 64 there is nothing to see: the bands lie on each other, and
-# networks without either learn the training examples just as well. A sauce, then, for networks
-# that have little else on the plate; the linear layer after it can do what gamma does, and the
-# many units of a wide network what beta does.
+# In the narrow network beta is worth far more than gamma: beta alone does nearly as well as both,
+# and gamma alone does nearly nothing. Without beta, ReLU cuts each unit at its own mean, so that
+# the unit is on for about half of the examples, and four units are too few to make up for that.
+# With eight units the difference nearly vanishes. With 64 it is gone: the bands lie on each other,
+# and networks with neither learn the training examples just as well. So gamma and beta matter in
+# narrow networks. Elsewhere the next linear layer can do what gamma does, and many units together
+# can do what beta does.
 
 assert accuracy[4, "beta alone"] > accuracy[4, "gamma alone"] + 0.05
 assert abs(accuracy[4, "both"] - accuracy[4, "beta alone"]) < 0.03
@@ -72,7 +72,7 @@ assert loss[64, "none"] < 0.02
 # What they become
 # ----------------
 #
-# Gamma and beta of all layers and seeds at the end, where both were trained.
+# These are gamma and beta of all layers and seeds at the end, where both were trained.
 
 axes = panels("gamma", "beta", height=2.8)
 for width in (4, 64):

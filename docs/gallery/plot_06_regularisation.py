@@ -2,9 +2,9 @@
 The slight regularisation, and small batches
 ============================================
 
-A minibatch's mean and variance are noisy guesses, so batch norm adds noise to each hidden unit. The
-course calls this a slight regularisation that larger batches make weaker. It is measured here: the
-noise; then what it does for examples that were not trained on; and what is left at batch size 2.
+The mean and variance of a minibatch are noisy estimates, so batch norm adds noise to each hidden
+unit. The course calls this a slight regularisation, which larger batches make weaker. This page
+measures the noise, then its effect on held-out examples, and then what happens at batch size 2.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ from fastbn.demo.data import Data
 # The noise
 # ---------
 #
-# A network is trained; then minibatches of several sizes go through it. The figure shows by how
-# many standard deviations the mean of a minibatch is off that of all training examples, in the
-# first and in the last norm.
+# We train a network and send minibatches of several sizes through it. The figure shows the distance
+# between the mean of a minibatch and the mean of all training examples, in standard deviations, in
+# the first and in the last norm.
 
 HIDDEN, SIZES = (128, 128), (2, 4, 8, 16, 32, 64, 160)
 trainer = make_trainer(hidden=HIDDEN)
@@ -38,7 +38,7 @@ def statistics(rows):
     return np.array(found)
 
 
-trainer.network.eval()  # so that what comes into the second norm is not noisy already
+trainer.network.eval()  # so that the input of the second norm has no noise of the first in it
 whole = statistics(slice(None))
 noise = {}
 for size in SIZES:
@@ -59,7 +59,7 @@ for size, (first, last) in noise.items():
     print(f"batch size {size:3}: off by {first:.2f} in the first norm, by {last:.2f} in the last")
 
 # %%
-# It is as large as statistics has it: one over the root of the batch size.
+# The noise is as large as statistics says: one over the root of the batch size.
 
 assert (abs(values * np.sqrt(SIZES)[:, None] - 1) < 0.25).all()
 
@@ -67,10 +67,10 @@ assert (abs(values * np.sqrt(SIZES)[:, None] - 1) < 0.25).all()
 # Does it regularise?
 # -------------------
 #
-# To see the noise alone, everything else must stay: a smaller batch would also mean more steps,
-# and noisier gradients. A *virtual batch* does that. The batch size is 160 throughout, and the
-# norm takes its statistics from parts of it. Only 320 examples are trained on, so that there is
-# something to regularise.
+# Only the noise may change here. A smaller batch would also bring more steps and noisier gradients.
+# A *virtual batch* changes the noise alone: the batch size is always 160, and the norm takes its
+# statistics from parts of the batch. We train on 320 examples only, so that there is something to
+# regularise.
 
 EPOCHS, SEEDS = 50, range(4)
 FEW = Data(tuple(part[:320] for part in DATA.train), DATA.validation, DATA.test)
@@ -122,11 +122,11 @@ for name, values in ends.items():
     )
 
 # %%
-# The numbers contradict the course. From virtual batches of 4 to 160 the noise falls to a sixth,
-# and the accuracy on held-out examples does not: the bands lie on each other. At 2 there is so
-# much of it that even the examples that were trained on have a high loss afterwards. Batch norm
-# does generalise better than no norm, by accuracy and by loss, but it does so with next to no
-# noise too: whatever regularises here, it is not the noise of the minibatch.
+# The numbers contradict the course. From virtual batches of 4 to those of 160 the noise falls to a
+# sixth, but the accuracy on held-out examples stays: the bands lie on each other. At 2 the noise is
+# so large that even the training examples have a high loss afterwards. Batch norm generalises
+# better than no norm, by accuracy and by loss. It also does so with next to no noise. So the noise
+# of the minibatch is not what regularises here.
 
 means = {name: values.mean() for name, values in ends.items()}
 assert all(abs(means[size] - means[160]) < 0.015 for size in SIZES[1:])
@@ -139,17 +139,17 @@ assert runs[160][2].mean() < 0.8 * without[2].mean()
 # Batch size 2
 # ------------
 #
-# Of two values that are normalised by themselves only their order is left:
+# Two values that are normalised together keep their order and lose everything else:
 
 for pair in ([3.0, 3.1], [3.0, 300.0]):
     y, _ = batch_norm(np.array(pair)[:, None])
     print(pair, "become", y.ravel().round(2))
 
 # %%
-# So a multilayer perceptron with batch norm should learn little at this size. It is compared with
-# the one without at the same sizes of the *real* batch, four epochs each. A convolution has many
-# values per channel in each image; there batch size 2 should be no problem. InstanceNorm
-# normalises each image by itself, so that the batch size cannot matter to it at all.
+# So a multilayer perceptron with batch norm should learn little at this size. We compare it with
+# the perceptron without batch norm at the same sizes of the *real* batch, four epochs each. A
+# convolution has many values per channel in each image, so batch size 2 should be no problem there.
+# InstanceNorm normalises each image by itself, so the batch size cannot matter to it.
 
 REAL = (2, 4, 8, 32)
 mlps = {
@@ -185,14 +185,13 @@ for norm, accuracies in mlp_means.items():
     print(f"perceptron, norm {norm:5}: " + ", ".join(f"{a:.3f}" for a in accuracies), "at", REAL)
 
 # %%
-# At 2 the perceptron is far better off without batch norm. From 4 on it does as well as without,
-# or better: the size that ruins it is 2 alone. A virtual batch is no answer here; it is made for
-# the opposite case, batches too large to be noisy, and the second figure says that there was
-# nothing to bring back. InstanceNorm is an answer where an example has many values per channel;
-# but there batch norm hardly needs one: at batch size 2 the three residual networks stay close
-# together, as each image brings enough values of its own. A perceptron has one value per channel
-# and example, of which InstanceNorm would leave zero: at batch size 2 it is best to leave the norm
-# away.
+# At batch size 2 the perceptron is far better without batch norm. From 4 on it does as well with
+# batch norm as without, or better: 2 is the only size that ruins it. A virtual batch does not help
+# here. It is made for the opposite case, batches too large to be noisy, and the second figure shows
+# that noise brought nothing. InstanceNorm helps where an example has many values per channel, but
+# batch norm hardly needs help there: at batch size 2 the three residual networks stay close
+# together, because each image brings enough values. A perceptron has one value per channel and
+# example, and InstanceNorm would turn it into zero. So leave the norm out at batch size 2.
 
 assert mlp_means["batch"][0] < mlp_means["none"][0] - 0.05
 assert (mlp_means["batch"][1:] > mlp_means["none"][1:] - 0.02).all()

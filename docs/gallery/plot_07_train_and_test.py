@@ -2,11 +2,11 @@
 Train and test
 ==============
 
-In training a minibatch is normalised by itself, at test time by running statistics: averages that
-fade as new minibatches come in, ``running = (1 - momentum) running + momentum new``. How good they
-are, and what a bad momentum does, is measured against the exact ones:
-:func:`fastbn.update_statistics` sends the whole training set through the network once more and
-pools the statistics of its minibatches.
+In training, batch norm uses the statistics of the minibatch. In evaluation it uses running
+statistics: averages in which old minibatches fade, ``running = (1 - momentum) running + momentum
+new``. This page compares them with the exact statistics, and shows what a bad momentum does.
+:func:`fastbn.update_statistics` computes the exact ones: it sends the whole training set through
+the network once more and pools the statistics of its minibatches.
 """
 
 from copy import deepcopy
@@ -36,7 +36,8 @@ def with_exact(network):
 def run(momentum, seed):
     """Train; return per epoch the accuracy with running and with exact statistics.
 
-    And how far the running means are from the exact ones, in standard deviations, in the last norm.
+    The third value is how far the running means of the last norm are from the exact ones, in
+    standard deviations.
     """
     trainer = make_trainer(hidden=HIDDEN, lr=0.01, seed=seed)
     for norm in norms_of(trainer.network):
@@ -61,8 +62,8 @@ results = {momentum: np.array([run(momentum, seed) for seed in SEEDS]) for momen
 # Momentum
 # --------
 #
-# The same trainings, to the bit: running statistics do not take part in training. Only what is
-# used at test time differs.
+# Running statistics take no part in training, so all of these are the same trainings, to the bit.
+# They differ in evaluation alone.
 
 axes = panels("held-out accuracy", "distance from the exact means")
 epochs = range(1, EPOCHS + 1)
@@ -91,11 +92,11 @@ print(
 )
 
 # %%
-# Too small a momentum is the worse mistake: after the 40 minibatches of an epoch the statistics
-# are still mostly the zeros and ones they started from, and later they are those of a network of
-# long ago. At 1 they are those of the last minibatch alone, as noisy as in training. The default
-# lies between the two and loses next to nothing to exact statistics; where momentum was chosen
-# badly, one pass of :func:`fastbn.update_statistics` repairs the trained network.
+# Too small a momentum is the worse mistake. After the 40 minibatches of an epoch the statistics are
+# still mostly the zeros and ones of the start, and later they belong to a network of long ago. At 1
+# they are the statistics of the last minibatch alone, as noisy as in training. The default lies
+# between the two and loses next to nothing to exact statistics. If momentum was chosen badly, one
+# pass of :func:`fastbn.update_statistics` repairs the trained network.
 
 assert (results[0.001][:, 1] == results[1.0][:, 1]).all()  # the same trainings
 assert end[0.001] < end[0.01] < end[0.1]
@@ -107,8 +108,8 @@ assert exact[:, -3:].mean() - end[0.1] < 0.01
 # Why the start matters
 # ---------------------
 #
-# What is left of the start after n minibatches is (1 - momentum) to the power of n. The distances
-# above follow from that at first; then the network moves slower, and all of them shrink.
+# After n minibatches the start has the weight (1 - momentum) to the power of n. This explains the
+# distances above at first. Then the network moves more slowly, and all distances shrink.
 
 steps = len(DATA.train[0]) // 32
 for momentum in MOMENTA:

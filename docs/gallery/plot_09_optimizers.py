@@ -2,8 +2,8 @@
 Four optimizers on gamma and beta
 =================================
 
-Gamma and beta are parameters like any other: gradient descent, momentum, RMSprop and Adam train
-them as they train weights. Here all four do: first together with the weights, then alone.
+Gamma and beta are parameters like any other. Gradient descent, momentum, RMSprop and Adam train
+them as they train weights. Here all four do so, first together with the weights and then alone.
 """
 
 import numpy as np
@@ -63,14 +63,14 @@ def compare(alone):
 # With the weights
 # ----------------
 #
-# Everything is trained, at the demo's default learning rates.
+# The optimizers train everything, at the demo's default learning rates.
 
 ends, ways = compare(alone=False)
 
 # %%
-# All four end within two hundredths of each other, and move gamma and beta by a few hundredths
-# only: the weights do the work. Gradient descent and RMSprop go to and fro more than momentum and
-# Adam, which average their gradients: their paths are longer, and lead hardly further.
+# All four end within two hundredths of each other. They move gamma and beta by a few hundredths
+# only: the weights do the work. Momentum and Adam average their gradients. Gradient descent and
+# RMSprop do not, and go back and forth more: their paths are longer and lead hardly further.
 
 means = [np.mean(values) for values in ends.values()]
 assert max(means) - min(means) < 0.02
@@ -89,8 +89,8 @@ assert path("adam") < path("rmsprop")
 # Alone
 # -----
 #
-# Now the weights stay as they were drawn, at random, the last layer's too. Only gamma and beta of
-# the two norms are trained.
+# Now all weights stay random, as they were drawn, the last layer's too. The optimizers train gamma
+# and beta of the two norms alone.
 
 ends, ways = compare(alone=True)
 leaves = make_trainer(hidden=HIDDEN).network.leaves().values()
@@ -100,9 +100,9 @@ print(f"trained: {trained:,} of {sum(sizes.values()):,} parameters")
 
 # %%
 # A hundredth of the parameters is enough for about 95%, with random weights around them. (Frankle
-# et al. found the same in large networks, "Training BatchNorm and Only BatchNorm", 2020.) Now
-# gamma and beta go far. Again the four agree with each other, and again the averaging ones take
-# the shorter way.
+# et al. found the same in large networks, "Training BatchNorm and Only BatchNorm", 2020.) Gamma and
+# beta move far here. Again the four agree with each other, and the two that average take the
+# shorter way.
 
 for optimizer in LR:
     assert np.mean(ends[optimizer]) > 0.92

@@ -2,10 +2,10 @@
 Instance norm against batch norm
 ================================
 
-Both subtract a mean and divide by a deviation. Batch norm takes them over the minibatch, instance
-norm over one example: over its positions only, which is why it needs images (or sequences) and has
-nothing to do with the batch size. Which of them wins depends on whether what it takes away carries
-a meaning.
+Both subtract a mean and divide by a deviation. Batch norm computes them over the minibatch,
+instance norm over the positions of one example. So instance norm needs images or sequences, and the
+batch size does not matter to it. Which of the two is better depends on what they remove: does it
+carry a meaning?
 """
 
 import numpy as np
@@ -18,8 +18,8 @@ from fastbn.demo.data import Data
 # What each averages over
 # -----------------------
 #
-# Four images in one channel, one of them bright. Batch norm keeps it bright, instance norm does
-# not:
+# Here are four images with one channel. One image is bright. Batch norm keeps it bright, and
+# instance norm does not:
 
 rng = np.random.default_rng(0)
 images = rng.standard_normal((4, 1, 8, 8))
@@ -36,8 +36,9 @@ assert abs(instance.mean(axis=(1, 2, 3))).max() < 1e-9
 # Two tasks
 # ---------
 #
-# The demo's residual network, on the digits as they are, and on a task where the strength of an
-# image is all that counts: half of the digits are dimmed to one half, and the label says which.
+# The demo's residual network learns two tasks. One is the digits as they are. In the other the
+# strength of an image is all that counts: half of the digits are dimmed to one half, and the label
+# says which.
 
 SEEDS, EPOCHS = range(3), 8
 NAMES = {"batch": "batch norm", "instance": "instance norm", "none": "without"}
@@ -45,7 +46,7 @@ OPTIONS = {"model": "resnet", "hidden": (8, 16), "batch_size": 64, "lr": 0.01}
 
 
 def dimmed(examples):
-    """Return images from 0 up, every other one at half its strength, and which they are."""
+    """Return the images, their values >= 0, every other one at half its strength, and labels."""
     x = examples[0] - DATA.train[0].min()
     labels = np.arange(len(x)) % 2
     return x * np.where(labels, 0.5, 1).astype(x.dtype)[:, None, None, None], labels
@@ -78,8 +79,8 @@ axes[1].set_xticks(range(1, 5))
 # Other light at test time
 # ------------------------
 #
-# The networks that know the digits now get held-out images of another contrast and brightness,
-# drawn for each image: multiplied by 1 - s to 1 + s and shifted by up to s deviations.
+# The networks that have learned the digits get held-out images of another contrast and brightness.
+# Each image has a random change: a factor from 1 - s to 1 + s, and a shift by up to s deviations.
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
@@ -112,15 +113,15 @@ axes.legend()
 
 # %%
 # On the digits as they are, batch norm and instance norm end within two hundredths of each other,
-# and either ahead of none. Where the strength of the image is the answer, instance norm is
-# helpless, at the accuracy of a coin: it takes the strength of each image away in its first layer.
-# Where the strength means nothing and changes, that is its gain: it hardly notices other light,
-# while batch norm, with running statistics of the light that it was trained in, loses more than
-# the network that has no norm at all.
+# and both are ahead of the network without a norm. Where the strength of the image is the answer,
+# instance norm has the accuracy of a coin: its first layer removes the strength of each image.
+# Where the strength means nothing and changes, this helps: the light hardly matters to instance
+# norm. Batch norm has running statistics of the light that it was trained in, and loses more than
+# the network without a norm.
 #
-# So the question to ask is not which one is better, but whether the mean and the contrast of one
-# example are a nuisance (style, light, loudness) or a part of the answer. And where minibatches
-# are tiny, or examples must not depend on each other, there is no choice.
+# So ask what the mean and the contrast of one example are: a nuisance (style, light, loudness) or a
+# part of the answer. If minibatches are tiny, or examples must not depend on each other, then
+# instance norm is the only choice of the two.
 
 end = {key: runs[:, -1].mean() for key, runs in curves.items()}
 assert abs(end["which digit", "batch"] - end["which digit", "instance"]) < 0.02
