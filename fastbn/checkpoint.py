@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import checks
 from fastbn.files import write_atomically
 
 _METADATA = "fastbn"  # one key, as safetensors writes several in any order
@@ -154,9 +155,7 @@ def _safetensors() -> Any:
 
 def _states(objects: Mapping[str, Stateful]) -> dict[str, Mapping[str, Any]]:
     """Return the state of each object; refuse names and objects that are none."""
-    if not isinstance(objects, Mapping):
-        raise TypeError(f"objects: expected a mapping, got {type(objects).__name__}")
-    for name, each in objects.items():
+    for name, each in checks.mapping("objects", objects).items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"objects: expected names, text of one letter or more, got {name!r}")
         for start in _starts(name):

@@ -21,17 +21,12 @@ Array = NDArray[Any]
 class Norm(ABC):
     """A layer, all but its `forward`."""
 
+    # The defaults are those of InstanceNorm; BatchNorm has its own.
     def __init__(
-        self,
-        num_features: int,
-        axis: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        dtype: DTypeLike,
-        activation: Activation,
-    ) -> None:
+        self, num_features: int, *, axis: int = 1, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = False, track_running_stats: bool = False, dtype: DTypeLike = np.float32,
+        activation: Activation = None,
+    ) -> None:  # fmt: skip
         self.num_features = checks.integer("num_features", num_features, least=1)
         self.axis = checks.integer("axis", axis)
         self.eps = checks.eps("eps", eps)
@@ -40,9 +35,7 @@ class Norm(ABC):
             self.momentum = checks.momentum(momentum, "None or a number")
         self.dtype = checks.dtype("dtype", dtype, checks.FLOATS)
         self.activation: Activation = checks.activation(activation)
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.training = True
+        self.affine, self.track_running_stats, self.training = affine, track_running_stats, True
         self.params: dict[str, Array] = {}
         if affine:
             self.params["gamma"] = np.ones(self.num_features, self.dtype)

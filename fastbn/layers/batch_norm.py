@@ -93,21 +93,14 @@ class BatchNorm(Norm):
     """
 
     def __init__(
-        self,
-        num_features: int,
-        *,
-        axis: int = 1,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        dtype: DTypeLike = np.float32,
-        activation: Activation = None,
-        virtual_batch_size: int | None = None,
-    ) -> None:
+        self, num_features: int, *, axis: int = 1, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = True, track_running_stats: bool = True, dtype: DTypeLike = np.float32,
+        activation: Activation = None, virtual_batch_size: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
-            num_features, axis, eps, momentum, affine, track_running_stats, dtype, activation
-        )
+            num_features, axis=axis, eps=eps, momentum=momentum, affine=affine,
+            track_running_stats=track_running_stats, dtype=dtype, activation=activation,
+        )  # fmt: skip
         self.virtual_batch_size = virtual_batch_size
         if virtual_batch_size is not None:
             self.virtual_batch_size = checks.integer("virtual_batch_size", virtual_batch_size, 1)
@@ -156,16 +149,9 @@ class BatchNorm(Norm):
         group = self.virtual_batch_size if self.training else None
         self._refuse_too_few(x, mask, group)
         y, cache = functional.batch_norm(
-            x,
-            gamma,
-            beta,
-            axis=self.axis,
-            eps=self.eps,
-            activation=self.activation,
-            residual=residual,
-            mask=mask,
-            virtual_batch_size=group,
-        )
+            x, gamma, beta, axis=self.axis, eps=self.eps, activation=self.activation,
+            residual=residual, mask=mask, virtual_batch_size=group,
+        )  # fmt: skip
         if self.training and self._seen is not None:
             self._seen.append(cache.moments)
         elif self.training and mean is not None and var is not None:

@@ -90,16 +90,10 @@ def fold_into(
 
 
 def from_keras(
-    cls: type[BatchNorm],
-    weights: Sequence[ArrayLike],
-    momentum: float = 0.99,
-    epsilon: float = 1e-3,
-    *,
-    axis: int = -1,
-    center: bool = True,
-    scale: bool = True,
+    cls: type[BatchNorm], weights: Sequence[ArrayLike], momentum: float = 0.99,
+    epsilon: float = 1e-3, *, axis: int = -1, center: bool = True, scale: bool = True,
     dtype: DTypeLike = np.float32,
-) -> BatchNorm:
+) -> BatchNorm:  # fmt: skip
     """Make the layer that Keras's BatchNormalization with these weights is.
 
     In evaluation both give the same. Keras's running variance, of values divided by M, is taken
@@ -158,17 +152,9 @@ def from_keras(
 
 
 def from_onnx(
-    cls: type[BatchNorm],
-    scale: ArrayLike,
-    B: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    *,
-    epsilon: float = 1e-5,
-    momentum: float = 0.9,
-    axis: int = 1,
-    dtype: DTypeLike = np.float32,
-) -> BatchNorm:
+    cls: type[BatchNorm], scale: ArrayLike, B: ArrayLike, mean: ArrayLike, var: ArrayLike, *,
+    epsilon: float = 1e-5, momentum: float = 0.9, axis: int = 1, dtype: DTypeLike = np.float32,
+) -> BatchNorm:  # fmt: skip
     """Make the layer that ONNX's BatchNormalization with these inputs and attributes is.
 
     In evaluation both give the same. ONNX's running variance, of values divided by M, is taken
@@ -211,13 +197,9 @@ def from_onnx(
 
 
 def _from_biased(
-    cls: type[BatchNorm],
-    given: Mapping[str, tuple[str, ArrayLike]],
-    momentum: float,
-    epsilon: float,
-    axis: int,
-    dtype: DTypeLike,
-) -> BatchNorm:
+    cls: type[BatchNorm], given: Mapping[str, tuple[str, ArrayLike]], momentum: float,
+    epsilon: float, axis: int, dtype: DTypeLike,
+) -> BatchNorm:  # fmt: skip
     """Make a layer from entries of its state, each with its name in Keras or ONNX."""
     weight, eps = 1 - checks.momentum(momentum), checks.eps("epsilon", epsilon)
     name, mean = given["running_mean"]

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
 from fastbn import functional
 from fastbn.layers.base import Array, Norm
-
-if TYPE_CHECKING:
-    from fastbn.functional import Activation
 
 
 class InstanceNorm(Norm):
@@ -56,22 +50,6 @@ class InstanceNorm(Norm):
     array([-1.,  1., -1.,  1.])
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        axis: int = 1,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = False,
-        track_running_stats: bool = False,
-        dtype: DTypeLike = np.float32,
-        activation: Activation = None,
-    ) -> None:
-        super().__init__(
-            num_features, axis, eps, momentum, affine, track_running_stats, dtype, activation
-        )
-
     def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
         """Normalise x, and in training update the running statistics, if there are any.
 
@@ -92,14 +70,9 @@ class InstanceNorm(Norm):
                 f"got shape {x.shape}"
             )
         y, cache = functional.instance_norm(
-            x,
-            gamma,
-            beta,
-            axis=self.axis,
-            eps=self.eps,
-            activation=self.activation,
+            x, gamma, beta, axis=self.axis, eps=self.eps, activation=self.activation,
             residual=residual,
-        )
+        )  # fmt: skip
         if self.training and self._seen is None and mean is not None and var is not None:
             self._writeable("running_mean", "running_var")
             weight, count = self._weight(), cache.moments.count / len(cache.mean)

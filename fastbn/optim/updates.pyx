@@ -13,8 +13,8 @@ divisions count (4M float32 values: 6 ms, 4.5 with AVX2), is a small part of a t
 Combinations of hyper-parameters come as doubles and are rounded to p's precision once. A weight
 decay of 0 and a keep of 1 change no finite value, so they need no loops of their own.
 
-In signatures IN marks what is read, IN/OUT what is updated. The arrays of one call have the same
-length: the caller has seen to that.
+Arrays that are `const` are read, the others are updated. All arrays of one call have the same
+length; the caller sees to that.
 """
 
 cdef extern from "<cmath>" nogil:
@@ -27,12 +27,7 @@ ctypedef fused real:
     double
 
 
-def sgd(
-    real[::1] p,                # IN/OUT
-    const real[::1] g,          # IN
-    double lr,
-    double weight_decay,
-):
+def sgd(real[::1] p, const real[::1] g, double lr, double weight_decay):
     """d = g + weight_decay * p; p -= lr * d."""
     cdef real rate = <real>lr, decay = <real>weight_decay
     cdef Py_ssize_t i
@@ -42,13 +37,8 @@ def sgd(
 
 
 def sgd_momentum(
-    real[::1] p,                # IN/OUT
-    const real[::1] g,          # IN
-    real[::1] velocity,         # IN/OUT
-    double lr,
-    double momentum,
-    bint nesterov,
-    double weight_decay,
+    real[::1] p, const real[::1] g, real[::1] velocity,
+    double lr, double momentum, bint nesterov, double weight_decay,
 ):
     """velocity = momentum * velocity + d; p -= lr * velocity, or with Nesterov's look ahead."""
     cdef real rate = <real>lr, mu = <real>momentum, decay = <real>weight_decay, d, u
@@ -62,13 +52,8 @@ def sgd_momentum(
 
 
 def rmsprop(
-    real[::1] p,                # IN/OUT
-    const real[::1] g,          # IN
-    real[::1] v,                # IN/OUT
-    double lr,
-    double alpha,
-    double eps,
-    double weight_decay,
+    real[::1] p, const real[::1] g, real[::1] v,
+    double lr, double alpha, double eps, double weight_decay,
 ):
     """v = alpha * v + (1 - alpha) * d**2; p -= lr * d / (sqrt(v) + eps)."""
     cdef real rate = <real>lr, old = <real>alpha, new = <real>(1 - alpha)
@@ -83,15 +68,8 @@ def rmsprop(
 
 
 def rmsprop_momentum(
-    real[::1] p,                # IN/OUT
-    const real[::1] g,          # IN
-    real[::1] v,                # IN/OUT
-    real[::1] velocity,         # IN/OUT
-    double lr,
-    double alpha,
-    double eps,
-    double momentum,
-    double weight_decay,
+    real[::1] p, const real[::1] g, real[::1] v, real[::1] velocity,
+    double lr, double alpha, double eps, double momentum, double weight_decay,
 ):
     """v as in rmsprop; velocity = momentum * velocity + d / (sqrt(v) + eps); p -= lr * velocity."""
     cdef real rate = <real>lr, old = <real>alpha, new = <real>(1 - alpha)
@@ -108,13 +86,9 @@ def rmsprop_momentum(
 
 
 def adam(
-    real[::1] p,                # IN/OUT
-    const real[::1] g,          # IN
-    real[::1] m,                # IN/OUT
-    real[::1] v,                # IN/OUT
+    real[::1] p, const real[::1] g, real[::1] m, real[::1] v,
     double rate,                # lr / (1 - beta1**step)
-    double beta1,
-    double beta2,
+    double beta1, double beta2,
     double correction,          # 1 / sqrt(1 - beta2**step)
     double eps,
     double weight_decay,        # L2: added to the gradient
@@ -135,9 +109,7 @@ def adam(
             p[i] = k * p[i] - r * (u / (c * root(s) + epsilon))
 
 
-def sum_of_squares(
-    const real[::1] g,          # IN
-):
+def sum_of_squares(const real[::1] g):
     """Return the sum of g**2 in float64."""
     cdef double[8] sums
     cdef double value
