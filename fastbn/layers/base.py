@@ -94,10 +94,8 @@ class Norm(ABC):
         """Return x as an array that has this layer's channels."""
         array = x if isinstance(x, np.ndarray) else checks.array("x", x)
         if not -array.ndim <= self.axis < array.ndim or array.shape[self.axis] != self.num_features:
-            raise ValueError(
-                f"x: expected {self.num_features} channels on axis {self.axis}, "
-                f"got shape {array.shape}"
-            )
+            words = f"{self.num_features} channels on axis {self.axis}"
+            raise ValueError(f"x: expected {words}, got shape {array.shape}")
         return array
 
     def _examples(self, x: Array) -> int:
@@ -191,10 +189,8 @@ class Norm(ABC):
             tracked = np.asarray(state["num_batches_tracked"])
             fits = tracked.shape == () and tracked.dtype.kind in "iu"
             if not fits or not 0 <= int(tracked) < 2**63:
-                raise ValueError(
-                    "num_batches_tracked: expected one integer >= 0, "
-                    f"got {state['num_batches_tracked']!r}"
-                )
+                got = repr(state["num_batches_tracked"])
+                raise ValueError(f"num_batches_tracked: expected one integer >= 0, got {got}")
             self.num_batches_tracked = int(tracked)
         for name, values in new.items():
             targets[name][...] = values
@@ -218,10 +214,8 @@ class Norm(ABC):
                 if array.dtype.kind == "f" and array.shape == shape and array.flags.writeable:
                     continue
                 got = f"{array.dtype}, shape {array.shape}, writeable: {array.flags.writeable}"
-            raise ValueError(
-                f"{name}: expected the layer to have a writeable array of floats of shape {shape}, "
-                f"got {got}"
-            )
+            words = f"the layer to have a writeable array of floats of shape {shape}"
+            raise ValueError(f"{name}: expected {words}, got {got}")
         return {name: arrays[name] for name in names}
 
     def __getstate__(self) -> dict[str, Any]:

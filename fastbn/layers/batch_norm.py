@@ -27,8 +27,8 @@ class BatchNorm(Norm):
 
         running = (1 - momentum) * running + momentum * new
 
-    In evaluation (after `eval()`) the running statistics take the place of mean and var. The
-    layer belongs between a linear map without bias and the activation.
+    In evaluation (after `eval()`) the running statistics take the place of mean and var. The layer
+    belongs between a linear map without bias and the activation.
 
     Parameters
     ----------
@@ -41,14 +41,13 @@ class BatchNorm(Norm):
     momentum : float or None
         The weight of the new value in the running statistics (as in PyTorch; Keras calls
         1 - momentum so). None: the average of all minibatches so far.
-    affine : bool
-        Whether the layer has gamma and beta.
-    track_running_stats : bool
-        Whether the layer keeps running statistics. Without them evaluation uses the minibatch.
+    affine, track_running_stats : bool
+        Whether the layer has gamma and beta, and whether it keeps running statistics. Without them
+        evaluation uses the minibatch.
     dtype : dtype
         Of gamma and beta and their gradients: float32 or float64.
     activation : None, "relu" or "leaky_relu"
-        What follows, as in `batch_norm`; the layer is then normalisation and activation in one.
+        What follows, as in `batch_norm`.
     virtual_batch_size : int or None
         In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
         The running statistics are those of the whole minibatch all the same.
@@ -85,9 +84,8 @@ class BatchNorm(Norm):
     --------
     >>> import numpy as np, fastbn
     >>> bn = fastbn.BatchNorm(2)
-    >>> bn(np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32)).round(3)
-    array([[-1., -1.],
-           [ 1.,  1.]], dtype=float32)
+    >>> bn(np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32)).round(3).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
     >>> bn.running_mean
     array([0.2, 2. ])
     """
@@ -173,10 +171,8 @@ class BatchNorm(Norm):
             count = min(examples % group or group, examples) * (count // max(1, examples))
             why = f", in groups of {group} examples"
         if count < 2:
-            raise ValueError(
-                "x: expected more than one value per channel to take statistics of, "
-                f"got shape {x.shape}{why}"
-            )
+            words = "more than one value per channel to take statistics of"
+            raise ValueError(f"x: expected {words}, got shape {x.shape}{why}")
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, virtual_batch_size={self.virtual_batch_size})"

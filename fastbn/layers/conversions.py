@@ -59,24 +59,20 @@ def fold_into(
     >>> import numpy as np, fastbn
     >>> bn = fastbn.BatchNorm(2, eps=0)
     >>> bn.running_mean[:], bn.running_var[:] = [1, 2], [4, 16]
-    >>> bn.fold_into(np.array([[2.0, 4.0], [8.0, 4.0]]))
-    (array([[1., 2.],
-           [2., 1.]]), array([-0.5, -0.5]))
+    >>> weight, bias = bn.fold_into(np.array([[2.0, 4.0], [8.0, 4.0]]))
+    >>> weight.tolist(), bias.tolist()
+    ([[1.0, 2.0], [2.0, 1.0]], [-0.5, -0.5])
     """
     if bn.running_mean is None or bn.running_var is None:
-        raise RuntimeError(
-            "fold_into: expected running statistics, "
-            "this layer was made with track_running_stats=False"
-        )
+        given = "this layer was made with track_running_stats=False"
+        raise RuntimeError(f"fold_into: expected running statistics, {given}")
     w = checks.array("weight", weight)
     if w.dtype.kind != "f" or w.dtype.itemsize > 8:
         raise TypeError(f"weight: expected float16, float32 or float64, got {w.dtype}")
     axis = checks.integer("axis", axis)
     if not -w.ndim <= axis < w.ndim or w.shape[axis] != bn.num_features:
-        raise ValueError(
-            f"weight: expected {bn.num_features} output channels on axis {axis}, "
-            f"got shape {w.shape}"
-        )
+        words = f"{bn.num_features} output channels on axis {axis}"
+        raise ValueError(f"weight: expected {words}, got shape {w.shape}")
     b = np.zeros(bn.num_features) if bias is None else checks.array("bias", bias)
     if b.size != bn.num_features:
         raise ValueError(f"bias: expected {bn.num_features} values, got shape {b.shape}")
@@ -96,9 +92,8 @@ def from_keras(
 ) -> BatchNorm:  # fmt: skip
     """Make the layer that Keras's BatchNormalization with these weights is.
 
-    In evaluation both give the same. Keras's running variance, of values divided by M, is taken
-    as it is; further training moves it towards the unbiased one (divided by M - 1), which is
-    larger by M / (M - 1).
+    In evaluation both give the same. Keras's running variance, of values divided by M, is taken as
+    it is. Further training moves it towards the unbiased one, which is larger by M / (M - 1).
 
     Parameters
     ----------
@@ -107,15 +102,11 @@ def from_keras(
         moving_variance.
     momentum : float
         As in Keras, the weight of the old value; the layer has 1 - momentum.
-    epsilon : float
-        Added to the variance; the layer's eps.
-    axis : int
-        The channel axis.
+    epsilon, axis, dtype
+        As eps, axis and dtype of `BatchNorm`.
     center, scale : bool
-        Whether there is beta, and gamma. A layer has both or none: one that is missing in
-        Keras is made of zeros or ones here, which further training would change.
-    dtype : dtype
-        Of gamma and beta: float32 or float64.
+        Whether there is beta, and gamma. A layer has both or none: one that is missing in Keras is
+        made of zeros or ones here, which further training would change.
 
     Returns
     -------
@@ -140,14 +131,9 @@ def from_keras(
     if isinstance(weights, Mapping | str) or not hasattr(weights, "__len__"):
         raise TypeError(f"weights: expected a list of arrays, got {type(weights).__name__}")
     if len(weights) != len(names):
-        raise ValueError(
-            f"weights: expected {len(names)} arrays, {', '.join(names.values())},"
-            f" got {len(weights)}"
-        )
-    given = {
-        key: (f"weights[{at}] ({name})", weights[at])
-        for at, (key, name) in enumerate(names.items())
-    }
+        words = f"{len(names)} arrays, {', '.join(names.values())}"
+        raise ValueError(f"weights: expected {words}, got {len(weights)}")
+    given = {k: (f"weights[{i}] ({names[k]})", weights[i]) for i, k in enumerate(names)}
     return _from_biased(cls, given, momentum, epsilon, axis, dtype)
 
 
@@ -157,18 +143,14 @@ def from_onnx(
 ) -> BatchNorm:  # fmt: skip
     """Make the layer that ONNX's BatchNormalization with these inputs and attributes is.
 
-    In evaluation both give the same. ONNX's running variance, of values divided by M, is taken
-    as it is, as in `from_keras`.
+    In evaluation both give the same; the running variance is taken as it is, as in `from_keras`.
 
     Parameters
     ----------
     scale, B, mean, var : array_like, shape (C,)
-        The inputs of the operator: gamma, beta, and the running statistics (input_mean and
-        input_var).
-    epsilon, momentum, dtype
-        As in `from_keras`.
-    axis : int
-        The channel axis, in ONNX always 1.
+        The inputs of the operator: gamma, beta, and the running statistics.
+    epsilon, momentum, axis, dtype
+        As in `from_keras`; in ONNX axis is always 1.
 
     Returns
     -------
@@ -187,12 +169,8 @@ def from_onnx(
     >>> bn(np.array([[5.0, 8.0]]))
     array([[1., 3.]])
     """
-    given = {
-        "weight": ("scale", scale),
-        "bias": ("B", B),
-        "running_mean": ("mean", mean),
-        "running_var": ("var", var),
-    }
+    given = {"weight": ("scale", scale), "bias": ("B", B)}
+    given |= {"running_mean": ("mean", mean), "running_var": ("var", var)}
     return _from_biased(cls, given, momentum, epsilon, axis, dtype)
 
 

@@ -65,10 +65,8 @@ class InstanceNorm(Norm):
             )
             return y
         if x.ndim < 2 or x.size < 2 * self.num_features * max(1, self._examples(x)):
-            raise ValueError(
-                "x: expected more than one position per example and channel to take statistics of, "
-                f"got shape {x.shape}"
-            )
+            words = "more than one position per example and channel to take statistics of"
+            raise ValueError(f"x: expected {words}, got shape {x.shape}")
         y, cache = functional.instance_norm(
             x, gamma, beta, axis=self.axis, eps=self.eps, activation=self.activation,
             residual=residual,

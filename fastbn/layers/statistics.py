@@ -9,16 +9,14 @@ from fastbn.layers.batch_norm import BatchNorm
 
 
 def update_statistics(
-    layers: Sequence[Any],
-    batches: Iterable[Any],
-    forward: Callable[[Any], object] | None = None,
+    layers: Sequence[Any], batches: Iterable[Any], forward: Callable[[Any], object] | None = None
 ) -> None:
     """Replace running statistics by the exact ones over a data set ("precise batch norm").
 
-    Each minibatch goes through the network with its norms in training mode, normalised by itself;
-    means and variances of what the batch norms saw are pooled (`merge_moments`), instead of fading
-    away as new minibatches come. Nothing else of the norms changes: modes, other running statistics
-    and what their `backward` goes back through are afterwards what they were.
+    Each minibatch goes through the network with its norms in training mode, normalised by itself.
+    Means and variances of what the batch norms saw are pooled (`merge_moments`), instead of fading
+    away as new minibatches come. Nothing else of the norms changes, neither modes nor other running
+    statistics nor what `backward` goes back through.
 
     Parameters
     ----------
@@ -72,10 +70,9 @@ def update_statistics(
         for norm, state in zip(keeping, before, strict=True):
             norm.training, norm._cache, norm._seen = state
     if not all(seen):
-        raise ValueError(
-            "batches: expected one or more that go through every BatchNorm in layers, "
-            f"got {[len(moments) for moments in seen]} for the {len(norms)} of them"
-        )
+        words = "one or more that go through every BatchNorm in layers"
+        got = f"{[len(moments) for moments in seen]} for the {len(norms)} of them"
+        raise ValueError(f"batches: expected {words}, got {got}")
     targets = [norm._writeable("running_mean", "running_var") for norm in norms]
     for norm, arrays, moments in zip(norms, targets, seen, strict=True):
         mean, var, count = functional.merge_moments(*moments)
