@@ -42,8 +42,8 @@ class BatchNorm(Norm):
         The weight of the new value in the running statistics (as in PyTorch; Keras calls
         1 - momentum so). None: the average of all minibatches so far.
     affine, track_running_stats : bool
-        Whether the layer has gamma and beta, and whether it keeps running statistics. Without them
-        evaluation uses the minibatch.
+        Whether the layer has gamma and beta, and whether it keeps running statistics. Without
+        running statistics evaluation uses the minibatch.
     dtype : dtype
         Of gamma and beta and their gradients: float32 or float64.
     activation : None, "relu" or "leaky_relu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, InitVar, dataclass, fields
 from typing import Any, ClassVar
@@ -12,18 +12,7 @@ import numpy as np
 
 from fastbn import checks
 from fastbn.hooks import Handle, HookList
-from fastbn.optim.parameters import (
-    Array,
-    Decays,
-    Layer,
-    Layers,
-    Parameter,
-    decays_by_name,
-    flat,
-    layers_of,
-    order_of,
-    refuse_shared_memory,
-)
+from fastbn.optim.parameters import Array, Decays, Layer, Parameter, decays_by_name, parameters_of
 
 # What hyper-parameters have to be, by name.
 RULES = {
@@ -54,23 +43,15 @@ class Optimizer(ABC):
         ``decays(name, array)`` tells for each parameter whether weight decay applies to it.
     """
 
-    layers: InitVar[Layers]
+    layers: InitVar[Layer | Iterable[Layer]]
     lr: float
     _: KW_ONLY
     weight_decay: float = 0.0
     decays: InitVar[Decays] = decays_by_name
     _buffers: ClassVar[tuple[str, ...]]  # the names of the arrays that a parameter's state has
 
-    def __post_init__(self, layers: Layers, decays: Decays) -> None:
-        if not callable(decays):
-            raise TypeError(f"decays: expected a callable, got {type(decays).__name__}")
-        self._layers = layers_of(layers)
-        self._parameters = [
-            Parameter(at, layer, name, decays, self._buffers)
-            for at, layer in enumerate(self._layers)
-            for name in layer.params
-        ]
-        refuse_shared_memory(self._parameters)
+    def __post_init__(self, layers: Layer | Iterable[Layer], decays: Decays) -> None:
+        self._layers, self._parameters = parameters_of(layers, decays, self._buffers)
         self._state = {key: array for q in self._parameters for key, array in q.state.items()}
         self.stepping: tuple[Layer, ...] = ()
         self._attached = False
@@ -141,20 +122,10 @@ class Optimizer(ABC):
                 arrays = [q.fetch() for q in parameters]
             with np.errstate(over="ignore"):  # a gradient too large for float32 becomes Inf
                 for q, (p, g) in zip(parameters, arrays, strict=True):
-                    self._update_one(q, p, g)
+                    q.update(p, g, self._update, self.weight_decay)
             self._post_hooks.run(self)
         finally:
             self.stepping = ()
-
-    def _update_one(self, q: Parameter, p: Array, g: Array) -> None:
-        order, targets = order_of(p), (p, *q.buffers)
-        new_p, *state = walked = [flat(array, q.dtype, order) for array in targets]
-        q.step[...] = t = q.step.item() + 1
-        decay = self.weight_decay if q.decays else 0.0
-        self._update(new_p, flat(g, q.dtype, order), state, t, decay)
-        for array, values in zip(targets, walked, strict=True):
-            if values.flags.owndata:  # a copy
-                array[...] = values.reshape(q.shape, order=order)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what training needs to resume to the same bits, as a flat dict of copies.

@@ -48,10 +48,7 @@ class SGD(Optimizer):
         return new
 
     def _update(self, p: Array, g: Array, state: Sequence[Array], _: int, decay: float) -> None:
-        if self.momentum:
-            updates.sgd_momentum(p, g, state[0], self.lr, self.momentum, self.nesterov, decay)
-        else:
-            updates.sgd(p, g, self.lr, decay)
+        updates.sgd(p, g, state[0], self.lr, self.momentum, self.nesterov, decay)
 
 
 @dataclass(eq=False)
@@ -80,11 +77,8 @@ class RMSprop(Optimizer):
     _buffers = ("v", "velocity")
 
     def _update(self, p: Array, g: Array, state: Sequence[Array], _: int, decay: float) -> None:
-        (v, u), numbers = state, (self.lr, self.alpha, self.eps)
-        if self.momentum:
-            updates.rmsprop_momentum(p, g, v, u, *numbers, self.momentum, decay)
-        else:
-            updates.rmsprop(p, g, v, *numbers, decay)
+        v, u = state
+        updates.rmsprop(p, g, v, u, self.lr, self.alpha, self.eps, self.momentum, decay)
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from fastbn import checks
 
 Array = NDArray[Any]
-Layers: TypeAlias = "Layer | Iterable[Layer]"
 Decays = Callable[[str, Array], bool]
-Order = Literal["C", "F"]
+Update = Callable[[Array, Array, Sequence[Array], int, float], None]
 
 
 class Layer(Protocol):
@@ -46,7 +45,7 @@ class Parameter:
         self.state: dict[str, Array] = {f"{at}.{name}.step": np.zeros((), np.uint64)}
         # In the memory order of p, so that an update can walk both flat. Zeros that no update ever
         # touches (plain SGD has no velocity) take no memory.
-        order = order_of(p)
+        order = _order(p)
         self.state |= {f"{at}.{name}.{each}": np.zeros(p.shape, p.dtype, order) for each in buffers}
         self.step, *self.buffers = self.state.values()
 
@@ -59,9 +58,24 @@ class Parameter:
             raise ValueError(f"{self.where}: expected a writeable array, got a read-only one")
         return p, g
 
+    def update(self, p: Array, g: Array, update: Update, weight_decay: float) -> None:
+        """Have `update` change p and the state; arrays that it cannot walk flat go as copies."""
+        order, targets = _order(p), (p, *self.buffers)
+        new_p, *state = walked = [flat(array, self.dtype, order) for array in targets]
+        self.step[...] = t = self.step.item() + 1
+        decay = weight_decay if self.decays else 0.0
+        update(new_p, flat(g, self.dtype, order), state, t, decay)
+        for array, values in zip(targets, walked, strict=True):
+            if values.flags.owndata:  # a copy
+                array[...] = values.reshape(self.shape, order=order)
 
-def layers_of(layers: Any) -> tuple[Layer, ...]:
-    """Return one layer or an iterable of layers as a tuple; refuse what is no layer."""
+
+def parameters_of(
+    layers: Any, decays: Decays, buffers: Sequence[str]
+) -> tuple[tuple[Layer, ...], list[Parameter]]:
+    """Return layers, one or an iterable, as a tuple, and their parameters; refuse what is none."""
+    if not callable(decays):
+        raise TypeError(f"decays: expected a callable, got {type(decays).__name__}")
     many = isinstance(layers, Iterable) and not hasattr(layers, "params")
     found = tuple(layers) if many else (layers,)
     if not found:
@@ -70,10 +84,13 @@ def layers_of(layers: Any) -> tuple[Layer, ...]:
         if not all(isinstance(getattr(layer, n, None), Mapping) for n in ("params", "grads")):
             given = type(layer).__name__
             raise TypeError(f"layers[{at}]: expected the mappings params and grads, got {given}")
-    return found
+    named = [(at, layer, name) for at, layer in enumerate(found) for name in layer.params]
+    parameters = [Parameter(*each, decays, buffers) for each in named]
+    _refuse_shared_memory(parameters)
+    return found, parameters
 
 
-def refuse_shared_memory(parameters: Iterable[Parameter]) -> None:
+def _refuse_shared_memory(parameters: Iterable[Parameter]) -> None:
     """Refuse parameters and gradients that have memory in common: a step would change it twice."""
     named = [(q.where, q.layer.params[q.name]) for q in parameters]
     grads = [(q.where_grad, q.layer.grads.get(q.name), q.shape) for q in parameters]
@@ -99,12 +116,12 @@ def _addresses(array: Array) -> tuple[int, int]:
     return start + low, start + high + array.itemsize
 
 
-def order_of(array: Array) -> Order:
+def _order(array: Array) -> Literal["C", "F"]:
     """Return in which order an array lies in memory, C unless it is Fortran's alone."""
     return "F" if array.flags.fnc else "C"
 
 
-def flat(array: Array, dtype: np.dtype[Any], order: Order | Literal["K"]) -> Array:
+def flat(array: Array, dtype: np.dtype[Any], order: Literal["C", "F", "K"]) -> Array:
     """Return the array flat, as an update takes it: a view if its memory is in that order."""
     found = np.asarray(array).ravel(order)
     return found if found.dtype == dtype and found.flags.aligned else found.astype(dtype)

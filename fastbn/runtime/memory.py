@@ -35,6 +35,7 @@ class _Block:
 
 
 def _shrink() -> None:
+    """Give back what is kept beyond the limit, the oldest first."""
     for identity in list(_free):
         if kept_bytes() <= _limit:
             break
@@ -75,8 +76,7 @@ def set_recycling(max_bytes: int) -> int:
     Parameters
     ----------
     max_bytes : int
-        At most so many bytes wait to be used again, at first 1 GiB. 0 gives everything back and
-        switches recycling off.
+        How much may wait to be used again: at first 1 GiB. 0 switches recycling off.
 
     Returns
     -------
