@@ -93,8 +93,8 @@ def load(path: str | os.PathLike[str], objects: Mapping[str, Stateful]) -> None:
     Parameters
     ----------
     path : path
-        A file of `save`, or any safetensors file with just the entries that the objects want, such
-        as one that PyTorch's state_dicts were saved to.
+        A file of `save`, or any safetensors file, such as one of PyTorch's state_dicts, that has
+        just the entries that the objects want.
     objects : mapping of str to objects
         As for `save`, under the same names; all those of the file.
 

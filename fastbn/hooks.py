@@ -29,7 +29,7 @@ class HookList:
         return handle
 
     def run(self, owner: object) -> None:
-        """Call every hook with `owner`; one registered meanwhile has to wait for the next run."""
+        """Call every hook with `owner`; one registered meanwhile waits for the next run."""
         for handle, hook in list(self._hooks.items()):
             if handle in self._hooks:  # a hook may have removed it
                 hook(owner)

@@ -120,8 +120,7 @@ class Norm(ABC):
         Returns
         -------
         ndarray
-            dx, the gradient with respect to x. Where `forward` was given a residual, a pair:
-            (dx, dresidual).
+            dx, the gradient with respect to x; after a `forward` with residual (dx, dresidual).
 
         Raises
         ------
@@ -197,12 +196,8 @@ class Norm(ABC):
 
     def _arrays(self) -> dict[str, Array]:
         """Return the arrays of the state, not copied, under PyTorch's names."""
-        arrays = {
-            "weight": self.params.get("gamma"),
-            "bias": self.params.get("beta"),
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-        }
+        arrays = {"weight": self.params.get("gamma"), "bias": self.params.get("beta")}
+        arrays |= {"running_mean": self.running_mean, "running_var": self.running_var}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def _writeable(self, *names: str) -> dict[str, Array]:

@@ -23,24 +23,23 @@ def fold_into(
 ) -> tuple[Array, Array]:
     """Return the preceding linear map or convolution with this layer folded into it.
 
-    In evaluation the layer is a scale and a shift of each channel, so that one map does for
-    both, with s = gamma / sqrt(running_var + eps) ::
+    In evaluation the layer is a scale and a shift of each channel, so that one map does for both,
+    with s = gamma / sqrt(running_var + eps) ::
 
         weight' = weight * s        bias' = (bias - running_mean) * s + beta
 
-    computed in float64 and rounded once. What may come after the scale and the shift, an
-    activation of this layer or a residual, is not part of it. Nothing is changed.
+    computed in float64 and rounded once. An activation of this layer and a residual are not part
+    of it. Nothing is changed.
 
     Parameters
     ----------
     weight : array_like of float16, float32 or float64
-        The weight of the map whose result the layer normalises. Its axis `axis` has
-        `num_features` entries.
+        Of the map whose result the layer normalises, with `num_features` entries on `axis`.
     bias : array_like, optional
         The bias of that map, `num_features` values in any shape; None stands for zeros.
     axis : int
-        The axis of the output channels: 0 for PyTorch's linear layers and convolutions and the
-        course's W in ``W @ A``, 1 for ``x @ W`` and PyTorch's transposed convolutions.
+        The axis of the output channels: 0 for ``W @ A`` and PyTorch's linear layers and
+        convolutions, 1 for ``x @ W`` and PyTorch's transposed convolutions.
 
     Returns
     -------

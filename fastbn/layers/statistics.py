@@ -30,9 +30,8 @@ def update_statistics(
     Raises
     ------
     TypeError, ValueError
-        If an argument is no iterable, no layer is a `BatchNorm` with running statistics, there are
-        no batches, or the network leaves one of them out. Nothing is changed then, nor if `forward`
-        fails.
+        If an argument is no iterable, there are no batches, no layer is such a `BatchNorm`, or the
+        network leaves one of them out. Nothing is changed then, nor if `forward` fails.
 
     References
     ----------

@@ -72,14 +72,13 @@ def rmsprop(
 
 def adam(
     real[::1] p, const real[::1] g, real[::1] m, real[::1] v,
-    double rate,                # lr / (1 - beta1**step)
-    double beta1, double beta2,
-    double correction,          # 1 / sqrt(1 - beta2**step)
-    double eps,
-    double weight_decay,        # L2: added to the gradient
-    double keep,                # AdamW: what p is multiplied by first
+    double rate, double beta1, double beta2, double correction, double eps,
+    double weight_decay, double keep,
 ):
-    """m and v move towards d and d**2; p = keep * p - rate * m / (correction * sqrt(v) + eps)."""
+    """m and v move towards d and d**2; p = keep * p - rate * m / (correction * sqrt(v) + eps).
+
+    rate is lr / (1 - beta1**step), correction 1 / sqrt(1 - beta2**step), keep 1 but for AdamW.
+    """
     cdef real r = <real>rate, new1 = <real>(1 - beta1), old2 = <real>beta2
     cdef real new2 = <real>(1 - beta2), c = <real>correction, epsilon = <real>eps
     cdef real decay = <real>weight_decay, k = <real>keep, d, s, u
