@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import checks
 from fastbn.files import write_atomically
 
 _METADATA = "fastbn"  # one key, as safetensors writes several in any order
@@ -92,23 +93,19 @@ def load(path: str | os.PathLike[str], objects: Mapping[str, Stateful]) -> None:
     Parameters
     ----------
     path : path
-        A file of `save`, or any safetensors file with just the entries that the objects want, such
-        as one that PyTorch's state_dicts were saved to.
+        A file of `save`, or any safetensors file, such as one of PyTorch's state_dicts, that has
+        just the entries that the objects want.
     objects : mapping of str to objects
         As for `save`, under the same names; all those of the file.
 
     Raises
     ------
-    ImportError
-        If safetensors is missing: ``pip install "fastbn[io]"``.
-    TypeError, ValueError
-        If `objects` is not as described.
+    ImportError, TypeError, OSError
+        As `save`, or if the file cannot be read.
     ValueError
-        If the file is damaged, or no safetensors file, or has entries of no object, or an object
-        refuses its entries, because one is missing, unknown or of a wrong shape or type; the text
-        names the file, and no object is changed.
-    OSError
-        If there is no such file or it cannot be read.
+        If `objects` is not as described, or the file is damaged, or no safetensors file, or has
+        entries of no object, or an object refuses its entries, because one is missing, unknown or
+        of a wrong shape or type. The text names the file, and no object is changed.
     """
     before = {name: deepcopy(state) for name, state in _states(objects).items()}
     states: dict[str, dict[str, Any]] = {name: {} for name in before}
@@ -120,9 +117,8 @@ def load(path: str | os.PathLike[str], objects: Mapping[str, Stateful]) -> None:
         else:
             states[name][entry.removeprefix(f"{name}.")] = value
     if unknown:
-        raise ValueError(
-            f"{path}: expected entries of {_some(states) or 'nothing'}; unknown: {_some(unknown)}"
-        )
+        words = f"entries of {_some(states) or 'nothing'}"
+        raise ValueError(f"{path}: expected {words}; unknown: {_some(unknown)}")
     with ExitStack() as undo:
         for name, state in states.items():
             try:
@@ -154,19 +150,15 @@ def _safetensors() -> Any:
 
 def _states(objects: Mapping[str, Stateful]) -> dict[str, Mapping[str, Any]]:
     """Return the state of each object; refuse names and objects that are none."""
-    if not isinstance(objects, Mapping):
-        raise TypeError(f"objects: expected a mapping, got {type(objects).__name__}")
-    for name, each in objects.items():
+    for name, each in checks.mapping("objects", objects).items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"objects: expected names, text of one letter or more, got {name!r}")
         for start in _starts(name):
             if start in objects:
                 raise ValueError(f"objects: expected names that differ, got {start!r} and {name!r}")
         if not all(callable(getattr(each, n, None)) for n in ("state_dict", "load_state_dict")):
-            given = type(each).__name__
-            raise TypeError(
-                f"objects[{name!r}]: expected state_dict and load_state_dict, got {given}"
-            )
+            words = f"state_dict and load_state_dict, got {type(each).__name__}"
+            raise TypeError(f"objects[{name!r}]: expected {words}")
     states = {name: each.state_dict() for name, each in objects.items()}
     for name, state in states.items():
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
@@ -183,9 +175,8 @@ def _tensor(entry: str, value: Any) -> NDArray[Any]:
     """Return an array as safetensors takes it: in C order, in this machine's byte order."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf" or array.itemsize > 8:
-        raise TypeError(
-            f"{entry}: expected booleans, integers, float16, float32 or float64, got {array.dtype}"
-        )
+        words = "booleans, integers, float16, float32 or float64"
+        raise TypeError(f"{entry}: expected {words}, got {array.dtype}")
     return np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
 

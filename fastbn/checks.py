@@ -5,10 +5,11 @@ or ValueError (a wrong value) with the name of the argument, what was expected a
 compiled functions take what is plainly right by themselves and ask here about everything else.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from math import isfinite
 from operator import index
-from typing import Any
+from sys import float_info
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -16,26 +17,26 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 Array = NDArray[Any]
 
 ACTIVATIONS = (None, "relu", "leaky_relu")
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Return an integer, NumPy's as well, from `least` to `most`."""
     try:
-        number = index(value)
+        found = index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
-    if most is not None and least is not None and not least <= number <= most:
-        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {number}")
-    if least is not None and number < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {number}")
-    return number
+    if (least is not None and found < least) or (most is not None and found > most):
+        bounds = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}: expected an integer {bounds}, got {_shown(found)}")
+    return found
 
 
 def number(name: str, value: Any) -> float:
     """Return a float, made of any number."""
-    if isinstance(value, str):
-        raise TypeError(f"{name}: expected a number, got str")
     try:
+        if isinstance(value, str | bytes | bytearray):  # float would read it
+            raise TypeError
         return float(value)
     except TypeError:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
@@ -51,11 +52,11 @@ def eps(name: str, value: Any) -> float:
     return found
 
 
-def momentum(name: str, value: Any) -> float:
+def momentum(value: Any, words: str = "a number") -> float:
     """Return the weight of a value in a running average: from 0 to 1."""
-    found = number(name, value)
+    found = number("momentum", value)
     if not 0 <= found <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+        raise ValueError(f"momentum: expected {words} from 0 to 1, got {value}")
     return found
 
 
@@ -65,6 +66,32 @@ def axis(value: Any, ndim: int) -> int:
     if not -ndim <= found < ndim:
         raise ValueError(f"axis: expected an axis of x, which has {ndim} dimension(s), got {found}")
     return found
+
+
+class Rule(NamedTuple):
+    """What a hyper-parameter has to be: in words, as a type of Python, as a test."""
+
+    words: str
+    kind: Callable[[Any], Any]
+    holds: Callable[[Any], bool]
+
+
+FINITE = Rule("a finite number >= 0", float, lambda x: 0 <= x <= float_info.max)
+SHARE = Rule("a number >= 0 and < 1", float, lambda x: 0 <= x < 1)
+
+
+def hyper_parameter(name: str, value: Any, rule: Rule = FINITE) -> Any:
+    """Return a value, which may be NumPy's, as the rule's type.
+
+    Hyper-parameters come from files too, so the types are those that a file keeps: an integer is a
+    float as well, and a list is a tuple, but neither text nor True is a number.
+    """
+    given = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    fits = type(given) is rule.kind or (type(given), rule.kind) in {(int, float), (list, tuple)}
+    if not fits or not rule.holds(given):
+        error = ValueError if fits else TypeError
+        raise error(f"{name}: expected {rule.words}, got {_shown(value)}")
+    return rule.kind(given)
 
 
 def activation(value: Any) -> Any:
@@ -94,14 +121,28 @@ def array(name: str, value: ArrayLike, of: str = "numbers") -> Array:
         raise ValueError(f"{name}: expected an array_like of {of}, got {error}") from None
 
 
-def values(name: str, value: ArrayLike, count: int) -> Array:
-    """Return an array of `count` real numbers, shape (count,)."""
+def values(name: str, value: ArrayLike, count: int, least: float | None = None) -> Array:
+    """Return an array of `count` real numbers, shape (count,), none of them below `least`."""
     found = array(name, value)
     if found.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected numbers, got dtype {found.dtype}")
     if found.shape != (count,):
         raise ValueError(f"{name}: expected shape ({count},), got {found.shape}")
+    if least is not None and (found < least).any():
+        raise ValueError(f"{name}: expected values >= {least}, got {found.min()}")
     return found
+
+
+def ndarray(
+    name: str, value: Any, dtypes: Collection[np.dtype[Any]], shape: tuple[int, ...] | None = None
+) -> Array:
+    """Return an array as it is, of one of the dtypes, and of the shape if there is one."""
+    if not isinstance(value, np.ndarray) or value.dtype not in dtypes:
+        given = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise TypeError(f"{name}: expected ndarray of {' or '.join(map(str, dtypes))}, got {given}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")
+    return value
 
 
 def iterator(name: str, value: Iterable[Any]) -> Iterator[Any]:
@@ -119,12 +160,16 @@ def mapping(name: str, value: Any) -> Mapping[Any, Any]:
     return value
 
 
-def keys(name: str, found: Iterable[str], expected: Collection[str]) -> None:
-    """Refuse a state whose keys are not just those expected."""
-    missing = ", ".join(sorted(set(expected) - set(found))) or "none"
-    unknown = ", ".join(sorted(map(str, set(found) - set(expected)))) or "none"
-    if missing != "none" or unknown != "none":
-        raise ValueError(
-            f"{name}: expected the entries {', '.join(expected)}; "
-            f"missing: {missing}, unknown: {unknown}"
-        )
+def state(value: Any, expected: Collection[str], words: str) -> None:
+    """Refuse a state that has not just the entries expected; `words` says which they are."""
+    found, wanted = set(mapping("state", value)), set(expected)
+    if found != wanted:
+        missing = ", ".join(sorted(wanted - found)) or "none"
+        unknown = ", ".join(sorted(map(str, found - wanted))) or "none"
+        raise ValueError(f"state: expected {words} missing: {missing}, unknown: {unknown}")
+
+
+def _shown(value: Any) -> str:
+    """Return the value as text; Python refuses to print the largest integers."""
+    huge = type(value) is int and abs(value) >= 2**63
+    return "an integer of 64 bits or more" if huge else repr(value)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass(eq=False)
 class Handle:
-    """Takes back what was registered: `undo`, which must bear being called again, does so."""
+    """Takes back what was registered: `remove()` does so, and nothing if that has been done."""
 
-    def __init__(self, undo: Callable[[], object]) -> None:
-        self._undo = undo
-
-    def remove(self) -> None:
-        """Take back what was registered; do nothing if that has been done."""
-        self._undo()
+    remove: Callable[[], object]
 
 
 class HookList:
@@ -32,7 +29,7 @@ class HookList:
         return handle
 
     def run(self, owner: object) -> None:
-        """Call every hook with `owner`; one registered meanwhile has to wait for the next run."""
+        """Call every hook with `owner`; one registered meanwhile waits for the next run."""
         for handle, hook in list(self._hooks.items()):
             if handle in self._hooks:  # a hook may have removed it
                 hook(owner)

@@ -407,24 +407,15 @@ def test_a_foreign_file_of_many_entries_gives_a_short_message(path):
     ("objects", "error", "message"),
     [
         ([BatchNorm(2)], TypeError, "objects: expected a mapping, got list"),
-        (
-            {1: BatchNorm(2)},
-            TypeError,
-            "objects: expected names, text of one letter or more, got 1",
-        ),
-        (
-            {"": BatchNorm(2)},
-            TypeError,
-            "objects: expected names, text of one letter or more, got ''",
-        ),
+        ({1: BatchNorm(2)}, TypeError,
+         "objects: expected names, text of one letter or more, got 1"),
+        ({"": BatchNorm(2)}, TypeError,
+         "objects: expected names, text of one letter or more, got ''"),
         ({"a": 5}, TypeError, "objects['a']: expected state_dict and load_state_dict, got int"),
-        (
-            {"a.b": BatchNorm(2), "a": BatchNorm(2)},
-            ValueError,
-            "objects: expected names that differ, got 'a' and 'a.b'",
-        ),
+        ({"a.b": BatchNorm(2), "a": BatchNorm(2)}, ValueError,
+         "objects: expected names that differ, got 'a' and 'a.b'"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("function", [fastbn.save, fastbn.load])
 def test_objects_that_cannot_be(function, objects, error, message, path):
     path.write_bytes(b"old")

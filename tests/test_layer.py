@@ -1,27 +1,16 @@
-"""The layer: modes, running statistics, gradients, hooks, state, and what it refuses."""
+"""The layer in use: modes, running statistics, gradients, hooks, calls, and what it refuses."""
 
-import copy
-import pickle
 import re
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
+from layer_cases import assert_unchanged, snapshot
 from support import assert_close
 
 import fastbn
 from fastbn import BatchNorm, InstanceNorm, reference
-
-
-def snapshot(bn):
-    return {**bn.state_dict(), **{f"grad of {name}": g.copy() for name, g in bn.grads.items()}}
-
-
-def assert_unchanged(bn, before):
-    after = snapshot(bn)
-    assert after.keys() == before.keys()
-    for name in before:
-        np.testing.assert_array_equal(after[name], before[name])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -209,104 +198,6 @@ def test_a_bad_minibatch_is_refused_and_changes_nothing(x, error, message):
     assert bn.backward(np.ones((6, 3), np.float32)).shape == (6, 3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"num_features": 0}, ValueError, "num_features: expected an integer >= 1, got 0"),
-        ({"num_features": 2.5}, TypeError, "num_features: expected an integer, got float"),
-        ({"axis": "1"}, TypeError, "axis: expected an integer, got str"),
-        ({"eps": -1}, ValueError, "eps: expected a finite number >= 0, got -1"),
-        ({"eps": float("nan")}, ValueError, "eps: expected a finite number >= 0, got nan"),
-        ({"eps": "a"}, TypeError, "eps: expected a number, got str"),
-        ({"momentum": 1.5}, ValueError, "momentum: expected None or a number from 0 to 1, got 1.5"),
-        ({"momentum": -0.1}, ValueError, "momentum: expected None or a number from 0 to 1"),
-        ({"momentum": "0.1"}, TypeError, "momentum: expected a number, got str"),
-        ({"momentum": "a"}, TypeError, "momentum: expected a number, got str"),
-        ({"dtype": np.float16}, TypeError, "dtype: expected float32 or float64, got float16"),
-        ({"dtype": ">f4"}, TypeError, "dtype: expected float32 or float64, got >f4"),
-        ({"dtype": "x"}, TypeError, "dtype: expected float32 or float64, got 'x'"),
-        ({"dtype": None}, TypeError, "dtype: expected float32 or float64, got None"),
-        ({"momentum": 10**400}, ValueError, "momentum: expected a finite number, got one beyond"),
-    ],
-)
-def test_bad_constructor_arguments_are_named(arguments, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        BatchNorm(**{"num_features": 3, **arguments})
-
-
-def trained(rng, **options):
-    bn = BatchNorm(3, **options)
-    bn.gamma[:], bn.beta[:] = rng.standard_normal((2, 3))
-    bn(rng.standard_normal((6, 3)))
-    return bn
-
-
-def test_state_dict_goes_round(rng):
-    bn = trained(rng)
-    state = bn.state_dict()
-    assert list(state) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
-    assert state["num_batches_tracked"] == 1
-    other = BatchNorm(3)
-    arrays = dict(other.params)
-    other.load_state_dict(state)
-    assert all(other.params[name] is array for name, array in arrays.items())
-    assert_unchanged(other, snapshot(bn))
-    state["weight"][:] = 9
-    state["running_mean"][:] = 9
-    assert not (bn.gamma == 9).any()
-    assert not (other.running_mean == 9).any()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"weight": None}, ValueError, "missing: weight, unknown: none"),
-        ({"gamma": np.ones(3)}, ValueError, "missing: none, unknown: gamma"),
-        ({"bias": np.ones(4)}, ValueError, "bias: expected shape (3,), got (4,)"),
-        ({"bias": ["a", "b", "c"]}, TypeError, "bias: expected numbers, got dtype <U1"),
-        ({"bias": [[1], [1, 2]]}, ValueError, "bias: expected an array_like of numbers, got"),
-        ({"running_var": np.ones((3, 1))}, ValueError, "running_var: expected shape (3,), got"),
-        ({"running_var": [1, -1, 1]}, ValueError, "running_var: expected values >= 0, got -1"),
-        (
-            {"num_batches_tracked": 1.5},
-            ValueError,
-            "num_batches_tracked: expected one integer >= 0",
-        ),
-        ({"num_batches_tracked": -1}, ValueError, "num_batches_tracked: expected one integer >= 0"),
-        (
-            {"num_batches_tracked": [1]},
-            ValueError,
-            "num_batches_tracked: expected one integer >= 0",
-        ),
-    ],
-)
-def test_a_state_that_does_not_fit_is_refused_whole(rng, change, error, message):
-    state = {**trained(rng).state_dict(), **change}
-    state = {name: value for name, value in state.items() if value is not None}
-    bn = trained(rng)
-    before = snapshot(bn)
-    with pytest.raises(error, match=re.escape(message)):
-        bn.load_state_dict(state)
-    assert_unchanged(bn, before)
-
-
-def frozen(array):
-    array.flags.writeable = False
-    return array
-
-
-@pytest.mark.parametrize("spoil", [lambda a: a[:, None], frozen, np.ndarray.tolist, np.int64])
-def test_a_layer_whose_arrays_cannot_take_a_state_is_left_whole(rng, spoil):
-    bn = trained(rng)
-    bn.params["beta"] = spoil(np.arange(3.0))
-    before = snapshot(bn)
-    state = {**trained(rng).state_dict(), "num_batches_tracked": 7}
-    message = "bias: expected the layer to have a writeable array of floats of shape (3,), got "
-    with pytest.raises(ValueError, match=re.escape(message)):
-        bn.load_state_dict(state)
-    assert_unchanged(bn, before)
-
-
 class Negated:
     def forward(self, x):
         return -super().forward(x)
@@ -326,41 +217,22 @@ def test_a_forward_of_a_subclass_is_what_a_call_runs(rng):
     np.testing.assert_array_equal(Mixed(3)(x), -BatchNorm(3)(x))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
-def test_copies_have_the_state_but_neither_hooks_nor_minibatch(rng, duplicate):
-    bn = trained(rng, momentum=None, eps=1e-3)
-    bn.register_grad_hook(lambda layer: None)
-    bn.eval()
-    twin = duplicate(bn)
-    assert repr(twin) == repr(bn)
-    assert not twin.training
-    assert_unchanged(twin, snapshot(bn))
-    with pytest.raises(RuntimeError, match="no forward pass"):
-        twin.backward(np.ones((6, 3)))
-    twin.gamma[:] = 9
-    assert not (bn.gamma == 9).any()
-    twin.train()(rng.standard_normal((6, 3)))
-    assert (twin.num_batches_tracked, bn.num_batches_tracked) == (2, 1)
-
-
-def test_a_state_may_come_from_the_layer_itself(rng):
-    bn = trained(rng)
-    gamma, beta = bn.gamma.copy(), bn.beta.copy()
-    bn.load_state_dict({**bn.state_dict(), "weight": bn.beta, "bias": bn.gamma})
-    np.testing.assert_array_equal(bn.gamma, beta)
-    np.testing.assert_array_equal(bn.beta, gamma)
-
-
-def test_repr_tells_how_to_make_the_layer():
-    bn = BatchNorm(3, axis=-1, momentum=None, dtype=np.float64, virtual_batch_size=4)
-    assert repr(bn) == (
-        "BatchNorm(3, axis=-1, eps=1e-05, momentum=None, affine=True, "
-        "track_running_stats=True, dtype=float64, activation=None, virtual_batch_size=4)"
-    )
-    assert repr(InstanceNorm(3, activation="relu")) == (
-        "InstanceNorm(3, axis=1, eps=1e-05, momentum=0.1, affine=False, "
-        "track_running_stats=False, dtype=float32, activation='relu')"
-    )
+@pytest.mark.parametrize("layer", [BatchNorm, InstanceNorm])
+def test_a_call_runs_the_forward_that_is_there(rng, layer):
+    x = rng.standard_normal((5, 3, 4))
+    norm = layer(3)
+    wanted = norm.forward(x, residual=x)
+    for y in (norm(x, residual=x), norm(x, x), norm(x=x, residual=x)):
+        np.testing.assert_array_equal(y, wanted)
+    with mock.patch.object(norm, "forward", return_value=7) as forward:
+        assert norm(x, residual=None) == 7
+    forward.assert_called_once_with(x, residual=None)
+    with mock.patch.object(layer, "forward", autospec=True, side_effect=lambda self, x: self):
+        assert norm(x) is norm
+    norm.forward = lambda x: -x
+    np.testing.assert_array_equal(norm(x), -x)
+    del norm.forward
+    np.testing.assert_array_equal(norm(x, x), wanted)
 
 
 def test_layers_in_different_threads_do_not_disturb_each_other(rng):
@@ -460,34 +332,6 @@ def test_instance_norm_keeps_the_averages_of_its_examples(rng):
     assert_close(plain(x), reference.instance_norm(x)[0])
 
 
-def network(rng):
-    """A plain network of two batch norms; the second sees what the first one makes."""
-    weight = rng.standard_normal((3, 3))
-    first, second = BatchNorm(3), BatchNorm(3)
-
-    def linear(x):
-        return np.maximum(x, 0) @ weight
-
-    return first, linear, second
-
-
-def test_exact_statistics_are_those_of_all_batches(rng):
-    first, linear, second = layers = network(rng)
-    first(100 + rng.standard_normal((50, 3)))  # what is there is replaced
-    second.eval()
-    batches = [3 + rng.standard_normal((n, 3)) for n in (2, 30, 5)]
-    seen = [linear(fastbn.batch_norm(batch)[0]) for batch in batches]
-    for forward in (None, lambda batch: second(linear(first(batch)))):
-        fastbn.update_statistics(layers, iter(batches), forward)
-        for bn, inputs in ((first, batches), (second, seen)):
-            everything = np.concatenate(inputs)
-            np.testing.assert_allclose(bn.running_mean, everything.mean(0), rtol=1e-14)
-            np.testing.assert_allclose(bn.running_var, everything.var(0, ddof=1), rtol=1e-13)
-            assert bn.num_batches_tracked == 3
-    assert first.training
-    assert not second.training
-
-
 def test_what_cannot_be_tracked_changes_nothing(rng):
     x = rng.standard_normal((4, 3, 5))
     for norm in (BatchNorm(3), InstanceNorm(3, track_running_stats=True)):
@@ -500,85 +344,22 @@ def test_what_cannot_be_tracked_changes_nothing(rng):
             norm.backward(x)
 
 
-def test_statistics_are_those_of_training_whatever_the_mode(rng):
-    batches = 5 + 3 * rng.standard_normal((4, 8, 3, 10))
-    found = []
-    for training in (True, False):
-        norm, bn = InstanceNorm(3, track_running_stats=True), BatchNorm(3)
-        norm.train(training)
-        bn.train(training)
-        fastbn.update_statistics([norm, bn], batches)
-        assert (norm.training, bn.training) == (training, training)
-        assert (norm.num_batches_tracked, bn.num_batches_tracked) == (0, 4)
-        np.testing.assert_array_equal(norm.running_mean, 0)
-        found.append([bn.running_mean, bn.running_var])
-    np.testing.assert_array_equal(found[0], found[1])
-
-
-def test_statistics_updated_inside_of_an_update_do_not_disturb_it(rng):
-    bn, x = BatchNorm(3), rng.standard_normal((5, 3))
-
-    def forward(batch):
-        with pytest.raises(ValueError, match="x: expected 3 channels"):
-            fastbn.update_statistics([bn], [batch[:, :2]])
-        bn(batch)
-
-    fastbn.update_statistics([bn], [x], forward)
-    np.testing.assert_allclose(bn.running_mean, x.mean(0), rtol=1e-14)
-
-
-def test_backward_is_of_the_minibatch_before_statistics_were_updated(rng):
-    x, dy = rng.standard_normal((2, 5, 3))
-    bn = BatchNorm(3)
-
-    def forward(batch):
-        bn(batch)
-        if len(batch) == 5:
-            raise OSError("no more data")
-
-    bn(x)
-    wanted = bn.backward(dy)
-    fastbn.update_statistics([bn], [rng.standard_normal((8, 3))])
-    np.testing.assert_array_equal(bn.backward(dy), wanted)
-    with pytest.raises(OSError, match="no more data"):
-        fastbn.update_statistics([bn], [rng.standard_normal((5, 3))], forward)
-    np.testing.assert_array_equal(bn.backward(dy), wanted)
-
-
-def test_statistics_that_cannot_be_updated_are_left(rng):
-    first, linear, second = layers = network(rng)
-    first(rng.standard_normal((5, 3)))
-    before = snapshot(first), snapshot(second)
-    batch = rng.standard_normal((4, 3))
-
-    def failing():
-        yield batch
-        raise OSError("no more data")
-
-    cases = [
-        (lambda: fastbn.update_statistics([linear], [batch]), ValueError,
-         "layers: expected a BatchNorm with running statistics, got none"),
-        (lambda: fastbn.update_statistics(layers, []), ValueError,
-         "batches: expected one or more that go through every BatchNorm in layers, "
-         "got [0, 0] for the 2 of them"),
-        (lambda: fastbn.update_statistics(layers, [batch], lambda x: first(x)), ValueError,
-         "got [1, 0] for the 2 of them"),
-        (lambda: fastbn.update_statistics(first, [batch]), TypeError,
-         "layers: expected an iterable, got BatchNorm"),
-        (lambda: fastbn.update_statistics(layers, 3), TypeError,
-         "batches: expected an iterable, got int"),
-        (lambda: fastbn.update_statistics(layers, failing()), OSError, "no more data"),
-        (lambda: fastbn.update_statistics(layers, [batch[:, :2]]), ValueError, "x: expected 3"),
-    ]  # fmt: skip
-    for call, error, message in cases:
-        with pytest.raises(error, match=re.escape(message)):
-            call()
-        assert_unchanged(first, before[0])
-        assert_unchanged(second, before[1])
-        assert first.training
-        assert second.training
-    first(batch)
-    assert first.num_batches_tracked == 2  # and they move again
+@pytest.mark.parametrize("layer", [BatchNorm, InstanceNorm])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_read_only_running_statistics_are_refused_and_nothing_changes(rng, layer, name):
+    x = rng.standard_normal((2, 4, 3, 5))
+    norm = layer(3, track_running_stats=True, affine=True)
+    norm(x[0])
+    wanted = norm.backward(x[0])
+    before = snapshot(norm)
+    getattr(norm, name).flags.writeable = False
+    with pytest.raises(ValueError, match=r"running.*: expected .*shape \(3,\)|contiguous"):
+        norm(x[1])
+    assert_unchanged(norm, before)
+    np.testing.assert_array_equal(norm.backward(x[0]), wanted)
+    getattr(norm, name).flags.writeable = True
+    norm(x[1])
+    assert norm.num_batches_tracked == 2
 
 
 @pytest.mark.parametrize(

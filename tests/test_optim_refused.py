@@ -1,6 +1,7 @@
 """Layers, arguments and gradients that optimizers refuse."""
 
 import re
+from dataclasses import dataclass
 from math import inf, nan
 from types import SimpleNamespace
 
@@ -90,6 +91,47 @@ def test_interleaved_arrays_of_one_buffer_are_no_overlap():
     np.testing.assert_array_equal(buffer, -0.1)
 
 
+BUFFER = np.zeros((6, 8))
+OVERLAPS = {
+    "nested": [BUFFER[1], BUFFER[4:], BUFFER[:5]],
+    "the same memory under another shape": [BUFFER, BUFFER.reshape(8, 6)],
+    "backwards": [BUFFER[::-1, ::-1], BUFFER[3]],
+    "across": [BUFFER[:, 2], BUFFER[5]],
+    "the last element": [BUFFER[:3], BUFFER[2:, 7]],
+    "not neighbours by address": [BUFFER[:, :7], BUFFER[1, 7:], BUFFER[4, 6:]],
+    "another dtype": [BUFFER, BUFFER.view(np.float32)[5, 15:]],
+    "a number of one's own": [BUFFER, BUFFER[5, 7, ...]],
+}
+APART = {
+    "neighbours": [BUFFER[:3], BUFFER[3:]],
+    "columns": [BUFFER[:, :3], BUFFER[:, 3:]],
+    "backwards": [BUFFER[::-2], BUFFER[::2]],
+    "no elements": [BUFFER, BUFFER[2:2], BUFFER[:, 3:3]],
+}
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_arrays_that_overlap_are_found(name, turn):
+    arrays = OVERLAPS[name][::turn]
+    layer = layer_of(**{f"W{i}": array for i, array in enumerate(arrays)})
+    with pytest.raises(ValueError, match=r"W\d'\]: expected memory of its own, got that of layers"):
+        optim.SGD(layer, lr=0.1)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+@pytest.mark.parametrize("name", APART)
+def test_arrays_that_interleave_or_touch_do_not_overlap(name, turn):
+    optim.SGD(layer_of(**{f"W{i}": a for i, a in enumerate(APART[name][::turn])}), lr=0.1)
+
+
+def test_a_gradient_that_is_no_array_is_refused_by_the_step():
+    layer = SimpleNamespace(params={"W": np.ones(2)}, grads={"W": [1.0, 2.0]})
+    opt = optim.SGD(layer, lr=0.5)
+    with pytest.raises(TypeError, match="expected ndarray of float32 or float64, got list"):
+        opt.step()
+
+
 @pytest.mark.parametrize("value", [-1.0, nan, inf])
 @pytest.mark.parametrize(
     ("cls", "name"),
@@ -156,6 +198,38 @@ def test_numbers_may_be_of_numpy_and_are_checked_when_set():
     with pytest.raises(ValueError, match="momentum: expected a number >= 0 and < 1, got 3"):
         opt.momentum = 3
     assert (opt.lr, opt.momentum) == (2.0, 0.5)
+
+
+def test_nesterov_without_momentum_is_refused_wherever_it_is_set():
+    message = "nesterov: expected a momentum > 0 with it, got 0"
+    opt = optim.SGD(FakeLayer(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        opt.nesterov = True
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict({**opt.state_dict(), "lr": 0.2, "nesterov": True})
+    assert (opt.lr, opt.momentum, opt.nesterov) == (0.1, 0.0, False)
+    opt.momentum = 0.5
+    opt.nesterov = True
+    with pytest.raises(ValueError, match=message):
+        opt.momentum = 0
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict({**opt.state_dict(), "momentum": 0.0})
+    assert (opt.momentum, opt.nesterov) == (0.5, True)
+    opt.load_state_dict({**opt.state_dict(), "momentum": 0.0, "nesterov": False})
+    opt.load_state_dict({**opt.state_dict(), "momentum": 0.5, "nesterov": True})
+    assert (opt.momentum, opt.nesterov) == (0.5, True)
+
+
+def test_an_optimizer_of_ones_own_may_have_other_numbers():
+    @dataclass(eq=False)
+    class Slow(optim.SGD):
+        patience: float = 2.0
+
+    opt = Slow(FakeLayer(), lr=0.1)
+    opt.load_state_dict({**opt.state_dict(), "patience": 3})
+    assert opt.patience == 3.0
+    with pytest.raises(ValueError, match="patience: expected a finite number >= 0, got -1"):
+        opt.load_state_dict({**opt.state_dict(), "patience": -1})
 
 
 def test_momentum_may_be_switched_on_later():

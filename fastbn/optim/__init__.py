@@ -5,34 +5,18 @@ shapes. An optimizer changes the arrays in `params` in place. Weight decay, in a
 over scales, shifts and biases unless told otherwise; see `decays_by_name`.
 """
 
-from fastbn.optim.optimizers import (
-    SGD,
-    Adam,
-    AdamW,
-    GradientClipping,
-    Layer,
-    Optimizer,
-    RMSprop,
-    WeightDecay,
+from fastbn.optim.base import Optimizer
+from fastbn.optim.hooks import GradientClipping, WeightDecay
+from fastbn.optim.optimizers import SGD, Adam, AdamW, RMSprop
+from fastbn.optim.parameters import Layer, decays_by_name
+from fastbn.optim.schedules import (
     cosine_decay,
-    decays_by_name,
     exponential_decay,
     inverse_time_decay,
     staircase_decay,
-)
+)  # fmt: skip
 
 __all__ = [
-    "Adam",
-    "AdamW",
-    "GradientClipping",
-    "Layer",
-    "Optimizer",
-    "RMSprop",
-    "SGD",
-    "WeightDecay",
-    "cosine_decay",
-    "decays_by_name",
-    "exponential_decay",
-    "inverse_time_decay",
-    "staircase_decay",
-]
+    "Adam", "AdamW", "GradientClipping", "Layer", "Optimizer", "RMSprop", "SGD", "WeightDecay",
+    "cosine_decay", "decays_by_name", "exponential_decay", "inverse_time_decay", "staircase_decay",
+]  # fmt: skip

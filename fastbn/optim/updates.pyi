@@ -5,8 +5,7 @@ from numpy.typing import NDArray
 
 _Array: TypeAlias = NDArray[floating[Any]]
 
-def sgd(p: _Array, g: _Array, lr: float, weight_decay: float) -> None: ...
-def sgd_momentum(
+def sgd(
     p: _Array,
     g: _Array,
     velocity: _Array,
@@ -16,15 +15,6 @@ def sgd_momentum(
     weight_decay: float,
 ) -> None: ...
 def rmsprop(
-    p: _Array,
-    g: _Array,
-    v: _Array,
-    lr: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-) -> None: ...
-def rmsprop_momentum(
     p: _Array,
     g: _Array,
     v: _Array,

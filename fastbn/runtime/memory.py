@@ -1,22 +1,23 @@
 """Memory of large results, used again instead of given back to the operating system.
 
-malloc returns a block of more than some 32 MB at once, and smaller ones when several die together;
-each page of the next one costs a fault when it is first written: more than normalising it. So a
-large result lies in a `_Block`, the base of the array; when the last array or view on it dies, the
+malloc returns a block of more than some 32 MB at once, and smaller ones when several die together.
+Each page of the next one costs a fault when it is first written: more than normalising it. So a
+large result lies in a `_Block`, the base of the array. When the last array or view of it dies, the
 memory waits here for the next result.
 """
 
-from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import checks
+
 ALIGNMENT = 128  # bytes: the largest pack, so that whole ones can be written past the cache
 
-# By identity, the one that came back last is last. A block may die anywhere, also inside these
-# functions, so there is no lock to be held: each step is one operation of the dictionary, which is
-# atomic, and what it finds may be gone the next moment.
+# By identity; what came back last is last. A block may die anywhere, also inside these functions,
+# so they hold no lock: each step is one operation of the dictionary, which is atomic, and what it
+# finds may be gone the next moment.
 _free: dict[int, NDArray[np.uint8]] = {}
 _limit = 1 << 30
 
@@ -34,6 +35,7 @@ class _Block:
 
 
 def _shrink() -> None:
+    """Give back what is kept beyond the limit, the oldest first."""
     for identity in list(_free):
         if kept_bytes() <= _limit:
             break
@@ -45,7 +47,8 @@ def kept_bytes() -> int:
     return sum(memory.nbytes for memory in list(_free.values()))
 
 
-def _take(size: int) -> NDArray[np.uint8]:
+def _find(size: int) -> NDArray[np.uint8]:
+    """Return memory of at least this size: some that waits, or fresh memory."""
     for identity, memory in reversed(list(_free.items())):
         # Not much too large, or a few small results would hold all the memory.
         if size <= memory.nbytes <= 1.25 * size and _free.pop(identity, None) is not None:
@@ -60,7 +63,7 @@ def empty_like(array: NDArray[Any], offset: int = 0) -> NDArray[Any]:
 
     Its address is `offset` bytes behind a multiple of ALIGNMENT.
     """
-    buffer = np.asarray(_Block(_take(array.nbytes + offset)))
+    buffer = np.asarray(_Block(_find(array.nbytes + offset)))
     return np.ndarray(array.shape, array.dtype, buffer, offset, array.strides)
 
 
@@ -73,8 +76,7 @@ def set_recycling(max_bytes: int) -> int:
     Parameters
     ----------
     max_bytes : int
-        At most so many bytes wait to be used again, at first 1 GiB. 0 gives everything back and
-        switches recycling off.
+        How much may wait to be used again: at first 1 GiB. 0 switches recycling off.
 
     Returns
     -------
@@ -94,12 +96,6 @@ def set_recycling(max_bytes: int) -> int:
     0
     """
     global _limit
-    try:
-        max_bytes = index(max_bytes)
-    except TypeError:
-        raise TypeError(f"max_bytes: expected an integer, got {type(max_bytes).__name__}") from None
-    if max_bytes < 0:
-        raise ValueError(f"max_bytes: expected an integer >= 0, got {max_bytes}")
-    before, _limit = _limit, max_bytes
+    before, _limit = _limit, checks.integer("max_bytes", max_bytes, least=0)
     _shrink()
     return before

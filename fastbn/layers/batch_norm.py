@@ -1,0 +1,178 @@
+"""Batch normalisation as a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from fastbn import checks, functional
+from fastbn.layers import conversions
+from fastbn.layers.base import Array, Norm
+
+if TYPE_CHECKING:
+    from fastbn.functional import Activation
+
+
+class BatchNorm(Norm):
+    """Batch normalisation with trainable scale and shift, and running statistics for inference.
+
+    In training each channel is normalised by the minibatch, over the M values it has there::
+
+        y = gamma * (x - mean) / sqrt(var + eps) + beta
+
+    (then, where asked for, ``y = act(y + residual)`` in the same pass over memory), and the running
+    statistics move towards the minibatch's, var made unbiased first::
+
+        running = (1 - momentum) * running + momentum * new
+
+    In evaluation (after `eval()`) the running statistics take the place of mean and var. The layer
+    belongs between a linear map without bias and the activation.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    axis : int
+        The channel axis: 1 for NCHW and NC, -1 for NHWC, 0 for the course's (n_h, m).
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        The weight of the new value in the running statistics (as in PyTorch; Keras calls
+        1 - momentum so). None: the average of all minibatches so far.
+    affine, track_running_stats : bool
+        Whether the layer has gamma and beta, and whether it keeps running statistics. Without
+        running statistics evaluation uses the minibatch.
+    dtype : dtype
+        Of gamma and beta and their gradients: float32 or float64.
+    activation : None, "relu" or "leaky_relu"
+        What follows, as in `batch_norm`.
+    virtual_batch_size : int or None
+        In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
+        The running statistics are those of the whole minibatch all the same.
+
+    Attributes
+    ----------
+    params, grads : dict of str to ndarray
+        The parameters "gamma" and "beta", shape (C,), and their gradients, under the same keys;
+        empty if not affine. Optimizers change the arrays in place.
+    running_mean, running_var : ndarray of float64, shape (C,), or None
+        The running statistics, 0 and 1 at first; var is unbiased.
+    num_batches_tracked : int
+        How many minibatches the running statistics have seen.
+    training : bool
+        Which of the two modes the layer is in.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+
+    Notes
+    -----
+    Different layers can be used from different threads; one layer is for one thread at a time.
+    A copy (`copy.deepcopy`, pickle) has the state but neither the hooks nor the minibatch that
+    `backward` would go back through.
+
+    References
+    ----------
+    .. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+       Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(2)
+    >>> bn(np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32)).round(3).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    >>> bn.running_mean
+    array([0.2, 2. ])
+    """
+
+    def __init__(
+        self, num_features: int, *, axis: int = 1, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = True, track_running_stats: bool = True, dtype: DTypeLike = np.float32,
+        activation: Activation = None, virtual_batch_size: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            num_features, axis=axis, eps=eps, momentum=momentum, affine=affine,
+            track_running_stats=track_running_stats, dtype=dtype, activation=activation,
+        )  # fmt: skip
+        self.virtual_batch_size = virtual_batch_size
+        if virtual_batch_size is not None:
+            self.virtual_batch_size = checks.integer("virtual_batch_size", virtual_batch_size, 1)
+
+    fold_into = conversions.fold_into
+    from_keras = classmethod(conversions.from_keras)
+    from_onnx = classmethod(conversions.from_onnx)
+
+    def forward(
+        self, x: ArrayLike, residual: ArrayLike | None = None, mask: ArrayLike | None = None
+    ) -> Array:
+        """Normalise x, and in training update the running statistics.
+
+        Parameters
+        ----------
+        x : array_like of float16, bfloat16, float32 or float64
+            With `num_features` channels on `axis`. It must not change before `backward`.
+        residual : array_like, optional
+            Of x's shape and dtype: what is added before the activation.
+        mask : array_like of bool, optional
+            Of x's shape without `axis`: which positions count. The others are not part of the
+            statistics, and y and dx are 0 there.
+
+        Returns
+        -------
+        ndarray
+            y, of x's shape and dtype.
+
+        Raises
+        ------
+        TypeError
+            If x, residual or mask is of another type.
+        ValueError
+            If x has another number of channels, or in training one value per channel or none (in
+            a group of `virtual_batch_size` examples, or left by the mask), or if residual or mask
+            is of another shape.
+        """
+        x = self._with_channels(x)
+        gamma, beta = self.params.get("gamma"), self.params.get("beta")
+        mean, var = self.running_mean, self.running_var
+        if not self.training and mean is not None and var is not None:
+            y, self._cache = functional.inference_with_cache(
+                x, mean, var, gamma, beta, self.axis, self.eps, self.activation, residual, mask
+            )
+            return y
+        group = self.virtual_batch_size if self.training else None
+        self._refuse_too_few(x, mask, group)
+        y, cache = functional.batch_norm(
+            x, gamma, beta, axis=self.axis, eps=self.eps, activation=self.activation,
+            residual=residual, mask=mask, virtual_batch_size=group,
+        )  # fmt: skip
+        if self.training and self._seen is not None:
+            self._seen.append(cache.moments)
+        elif self.training and mean is not None and var is not None:
+            functional.update_running(cache, mean, var, self._weight())
+            self.num_batches_tracked += 1
+        self._cache = cache
+        return y
+
+    def _refuse_too_few(self, x: Array, mask: ArrayLike | None, group: int | None) -> None:
+        """Refuse a minibatch in which a channel, in some group, has less than two values."""
+        count, why = x.size // self.num_features, ""
+        if mask is not None:
+            counted = checks.array("mask", mask, "bool")
+            if counted.dtype == bool:  # batch_norm refuses others
+                count = min(count, int(np.count_nonzero(counted)))
+                why = f", of which mask leaves {count}"
+        elif group is not None and x.ndim > 1:
+            examples = self._examples(x)
+            count = min(examples % group or group, examples) * (count // max(1, examples))
+            why = f", in groups of {group} examples"
+        if count < 2:
+            words = "more than one value per channel to take statistics of"
+            raise ValueError(f"x: expected {words}, got shape {x.shape}{why}")
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, virtual_batch_size={self.virtual_batch_size})"
