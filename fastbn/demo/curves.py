@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastbn.demo import require
-from fastbn.demo.files import write_atomically
 from fastbn.demo.train import Epoch, Trainer
+from fastbn.files import write_atomically
 
 
 def draw(
@@ -15,7 +15,6 @@ def draw(
     lr: float | None = None,
     marks: Sequence[tuple[int, str, bool]] = (),
     undone: Sequence[tuple[int, Sequence[Epoch]]] = (),
-    option: str = "--plot",
 ) -> None:
     """Draw the curves of networks of the same kind, with different norms or none, as a PNG.
 
@@ -29,13 +28,13 @@ def draw(
         Texts, before which epoch each stands, and whether it was undone, and is pale.
     undone : sequence of (int, sequence of Epoch)
         Epochs of the first network that were rolled back, drawn pale, and the number of the first.
-    option : str
-        The option that named the file, for the error message.
 
     Raises
     ------
     DemoError
-        If matplotlib is missing or the file cannot be written.
+        If matplotlib is missing.
+    OSError
+        If the file cannot be written.
     """
     config = trainers[0].config
     # Not by pyplot, which would look for a display.
@@ -77,4 +76,4 @@ def draw(
         axes.legend(fontsize="small")
         if metric == "loss":
             axes.set_yscale("log")
-    write_atomically(path, lambda file: figure.savefig(file, format="png"), option=option)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

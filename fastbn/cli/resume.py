@@ -1,0 +1,58 @@
+"""``fastbn resume FILE`` or ``FOLDER``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastbn.cli.network import add_network_options, read_network_options
+from fastbn.cli.results import add_file_options, check_files, resumable, tell
+from fastbn.demo import DemoError, watch
+from fastbn.demo.checkpoint import load_checkpoint
+from fastbn.demo.log import NAME
+from fastbn.demo.train import Trainer
+
+DESCRIPTION = """
+Go on from a saved epoch, with all options as they were; only --epochs may be raised. A FILE of
+`fastbn train --save` goes on being saved to, unless --save names another. A FOLDER is one of
+`fastbn watch` whose run was killed or stopped, or is to have more epochs.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.description = DESCRIPTION
+    parser.add_argument("saved", type=Path, metavar="FILE|FOLDER", help="what to go on with")
+    add_file_options(parser)
+    # Options of the network are taken where they say what the file says: so a command that began
+    # a training can be typed again.
+    add_network_options(parser, config=True)
+
+
+def run(
+    *,
+    saved: Path,
+    plot: Path | None = None,
+    save: Path | None = None,
+    export: Path | None = None,
+    **given: Any,
+) -> int:
+    """Go on with a training."""
+    fields = read_network_options(given)
+    trainer: Trainer | None = None
+    with resumable(lambda: trainer.saved if trainer else saved, plot, export):
+        if saved.is_dir():
+            if plot or save or export:
+                raise DemoError("--plot, --save, --export: cannot be used with a folder")
+            trainer = watch.resume(saved, fields)
+            print(f"curves: {saved / 'curves.png'}")
+        else:
+            if not save and (saved.parent / NAME).exists():
+                raise DemoError(
+                    f"{saved}: expected --save with another file, or the folder alone:"
+                    " this one belongs to a run of `fastbn watch`"
+                )
+            trainer = load_checkpoint(saved, fields)
+            check_files(trainer.config, plot, save, export)
+            trainer.run(save or saved)
+        tell(trainer, plot=plot, export=export)
+    return 0

@@ -1,0 +1,35 @@
+"""``fastbn watch FOLDER``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastbn.cli.network import add_network_options, read_network_options
+from fastbn.cli.results import resumable, tell
+from fastbn.demo.log import NAME
+from fastbn.demo.train import configure
+from fastbn.demo.watch import start
+
+DESCRIPTION = """
+Train a network as `fastbn train` does, and babysit it: keep curves.png and curves.csv, renewed each
+epoch, log.jsonl and checkpoints in a new folder, and take the nudges of `fastbn nudge FOLDER`.
+Checkpoints are kept of the last ten epochs, of that with the best validation accuracy, and of those
+right before and right after a nudge. `fastbn resume FOLDER` goes on after a stop or a kill.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.description = DESCRIPTION
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or an empty one")
+    add_network_options(parser, config=True)
+
+
+def run(*, folder: Path, **given: Any) -> int:
+    """Start a run."""
+    config = configure(read_network_options(given))
+    with resumable(lambda: folder if (folder / NAME).exists() else None):
+        trainer = start(folder, config)
+    print(f"curves: {folder / 'curves.png'}")
+    tell(trainer)
+    return 0
