@@ -343,7 +343,7 @@ def test_errors_are_one_line(options, message, blobs, tmp_path, capsys, monkeypa
     status, out, err = run([*blobs, *words], capsys)
     assert status == 2
     assert out == ""
-    assert re.fullmatch(r"fastbn(?: train| watch| resume)?: error: .*\n", err)
+    assert re.fullmatch(r"fastbn(?: train| watch| resume| replay)?: error: .*\n", err)
     assert message in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

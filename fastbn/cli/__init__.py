@@ -1,8 +1,8 @@
 """The command line: ``python -m fastbn`` or ``fastbn``.
 
-A command is a module of this package. It has ``run``, which takes the options given and returns the
-exit status, and ``add_options`` if it has any. Only the module of the command that was typed is
-imported, so that each needs only its own extras.
+A command is a module of this package. Its docstring is the text of --help. It has ``run``, which
+takes the options given and returns the exit status, and ``add_options`` if it has any. Only the
+module of the command that was typed is imported, so that each needs only its own extras.
 """
 
 import argparse
@@ -57,12 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         # What was not given is not in the result.
-        command = commands.add_parser(name, help=summary, argument_default=argparse.SUPPRESS)
-        if words[:1] == [name]:
-            module = import_module(f"fastbn.cli.{name}")
-            getattr(module, "add_options", lambda _: None)(command)
-            run = partial(module.run, words) if name == "tune" else module.run
-    given = vars(parser.parse_args(words))
+        commands.add_parser(name, help=summary, argument_default=argparse.SUPPRESS)
+    command = commands.choices.get(words[0]) if words else None
+    if command is None:
+        parser.parse_args(words)  # tells the version, gives help, or tells what is wrong
+        return 0
+    module = import_module(f"fastbn.cli.{words[0]}")
+    command.description = module.__doc__
+    if hasattr(module, "add_options"):
+        module.add_options(command)
+    run = partial(module.run, words) if words[0] == "tune" else module.run
+    given = vars(command.parse_args(words[1:]))
     try:
         return int(run(**given))
     except ValueError as error:
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, DemoError):
             raise
-        print(f"fastbn {words[0]}: error: {error}", file=sys.stderr)
+        print(f"{command.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print("\n" + ": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)

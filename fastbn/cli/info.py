@@ -1,4 +1,4 @@
-"""``fastbn info``."""
+"""Show versions, CPU features, the kernel variant in use and threads."""
 
 import fastbn
 

@@ -1,4 +1,10 @@
-"""``fastbn nudge FOLDER``."""
+"""Change something in a training that `fastbn watch FOLDER` has under way.
+
+The change is made at the start of the next epoch. Nudges are taken one after the other, in the
+order in which they were given. What cannot be done is refused: at once, or where only the training
+can tell, by a line that it prints and logs. Where no training is under way, a nudge waits for
+`fastbn resume FOLDER`.
+"""
 
 import argparse
 import shlex
@@ -8,17 +14,9 @@ from typing import Any
 from fastbn.demo.log import Nudge
 from fastbn.demo.watch import send
 
-DESCRIPTION = """
-Change something in a training that `fastbn watch FOLDER` has under way. It is done at the start of
-the next epoch; nudges are taken one after the other, in the order in which they were given. What
-cannot be done is refused: at once, or where only the training can tell, by a line that it prints
-and logs. Where none is going on, a nudge waits for `fastbn resume FOLDER`.
-"""
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.description = DESCRIPTION
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="that of `fastbn watch`")
     add(

@@ -1,4 +1,7 @@
-"""``fastbn replay FOLDER``."""
+"""Train the run in a folder of `fastbn watch` again, from its log alone, nudges and all.
+
+Every bit is compared, to the last checkpoint. This needs the same versions and the same data.
+"""
 
 import argparse
 from pathlib import Path
@@ -6,15 +9,9 @@ from pathlib import Path
 from fastbn.cli.results import tell
 from fastbn.demo.watch import replay
 
-DESCRIPTION = """
-Train the run in a folder of `fastbn watch` again, nudges and all, from its log alone, and compare
-every bit, to the last checkpoint. It needs the same versions and data.
-"""
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.description = DESCRIPTION
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="that of `fastbn watch`")
 
 

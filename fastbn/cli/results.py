@@ -29,9 +29,17 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
 
 def check_files(config: Config, plot: Path | None, save: Path | None, export: Path | None) -> None:
     """Find out before a training what would be lost after it."""
-    for option, path, suffix in (("--plot", plot, ".png"), ("--export", export, ".safetensors")):
-        if path and path.suffix.lower() != suffix:
+    outputs = (
+        ("--plot", plot, ".png", "matplotlib", "demo"),
+        ("--save", save, "", "safetensors", "io"),
+        ("--export", export, ".safetensors", "safetensors", "io"),
+    )
+    for option, path, suffix, module, extra in outputs:
+        if path and suffix not in ("", path.suffix.lower()):
             raise DemoError(f"{option}: expected the name of a {suffix} file, got {path}")
+        if path:
+            require(module, extra)
+            check_writable(path, option=option)
     if save and str(save.resolve()) == config.data:
         raise DemoError(f"--save: expected another file than that of --data, got {save}")
     if export and config.norm == "instance":
@@ -39,13 +47,6 @@ def check_files(config: Config, plot: Path | None, save: Path | None, export: Pa
             "--export: expected --norm batch or none, as instance norm cannot be folded, got"
             " --norm instance"
         )
-    if plot:
-        require("matplotlib")
-    if save or export:
-        require("safetensors", extra="io")
-    for option, path in {"--plot": plot, "--save": save, "--export": export}.items():
-        if path:
-            check_writable(path, option=option)
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""``fastbn resume FILE`` or ``FOLDER``."""
+"""Go on with a training, with all options as they were; only --epochs may be raised.
+
+A FILE is one of `fastbn train --save`. It goes on being saved to, unless --save names another. A
+FOLDER is one of `fastbn watch` whose run was killed or stopped, or is to have more epochs.
+"""
 
 import argparse
 from pathlib import Path
@@ -11,16 +15,9 @@ from fastbn.demo.checkpoint import load_checkpoint
 from fastbn.demo.log import NAME
 from fastbn.demo.train import Trainer
 
-DESCRIPTION = """
-Go on from a saved epoch, with all options as they were; only --epochs may be raised. A FILE of
-`fastbn train --save` goes on being saved to, unless --save names another. A FOLDER is one of
-`fastbn watch` whose run was killed or stopped, or is to have more epochs.
-"""
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.description = DESCRIPTION
     parser.add_argument("saved", type=Path, metavar="FILE|FOLDER", help="what to go on with")
     add_file_options(parser)
     # Options of the network are taken where they say what the file says: so a command that began

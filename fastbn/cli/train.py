@@ -1,4 +1,10 @@
-"""``fastbn train``."""
+"""Train a small NumPy network with batch norm, on images of digits or on other data.
+
+The examples are split into training, validation and test examples, always in the same way. The line
+of an epoch gives loss and accuracy on the training examples, minibatch by minibatch while learning
+from them, and on the validation examples afterwards. The last line gives the accuracy on the test
+examples. The same options give the same bits. `fastbn watch` trains in a folder and keeps more.
+"""
 
 import argparse
 from dataclasses import replace
@@ -11,18 +17,9 @@ from fastbn.demo import DemoError
 from fastbn.demo.data import load
 from fastbn.demo.train import COMPARED, DivergedError, Trainer, configure
 
-DESCRIPTION = """
-Train a small NumPy network, with batch norm, on images of digits or other data. The examples are
-split into training, validation and test examples, always in the same way. The line of an epoch
-gives loss and accuracy on the training examples, minibatch by minibatch while learning from them,
-and on the validation examples afterwards; the last line of all gives the accuracy on the test
-examples. The same options give the same bits. `fastbn watch` trains in a folder, with more output.
-"""
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.description = DESCRIPTION
     add_network_options(parser, config=True)
     add_file_options(parser)
     parser.add_argument(

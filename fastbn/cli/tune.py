@@ -1,4 +1,4 @@
-"""``fastbn tune``: the search, over the options of the network."""
+"""The search of `fastbn.tune`, over the options of the network."""
 
 import argparse
 

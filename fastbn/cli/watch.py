@@ -1,4 +1,10 @@
-"""``fastbn watch FOLDER``."""
+"""Train a network as `fastbn train` does, in a folder, and change it on the way.
+
+The folder has curves.png and curves.csv, which are renewed each epoch, log.jsonl and checkpoints:
+those of the last ten epochs, of the epoch with the best validation accuracy, and of the epochs
+right before and right after a nudge. `fastbn nudge FOLDER` changes the training, `fastbn resume
+FOLDER` goes on after a stop or a kill, and `fastbn replay FOLDER` trains it again.
+"""
 
 import argparse
 from pathlib import Path
@@ -10,17 +16,9 @@ from fastbn.demo.log import NAME
 from fastbn.demo.train import configure
 from fastbn.demo.watch import start
 
-DESCRIPTION = """
-Train a network as `fastbn train` does, and babysit it: keep curves.png and curves.csv, renewed each
-epoch, log.jsonl and checkpoints in a new folder, and take the nudges of `fastbn nudge FOLDER`.
-Checkpoints are kept of the last ten epochs, of that with the best validation accuracy, and of those
-right before and right after a nudge. `fastbn resume FOLDER` goes on after a stop or a kill.
-"""
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.description = DESCRIPTION
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or an empty one")
     add_network_options(parser, config=True)
 

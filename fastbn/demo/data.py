@@ -83,9 +83,7 @@ def load(name: str, data_dir: str | Path = "fashion-mnist") -> Data:
         raise DemoError(
             f"--data: expected digits, mnist5k, fashion-mnist or FILE.npz, got {name!r}"
         )
-    return _split(
-        _checked(*train, source), None if test is None else _checked(*test, source), source
-    )
+    return _split(_checked(*train, source), test and _checked(*test, source), source)
 
 
 def _checked(x: Array, y: Array, source: str) -> Examples:

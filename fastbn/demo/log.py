@@ -190,21 +190,18 @@ class Log:
         if event["epoch"] != self.next_epoch:
             raise ValueError(f"expected epoch {self.next_epoch}, got {event['epoch']!r}")
         kind = event["event"]
-        match kind:
-            case "epoch":
-                row = {name: event[name] for name in ("epoch", "lr", "momentum")}
-                row |= {**_metrics(event), "nudges": "; ".join(map(str, self.pending)), "undone": 0}
-                self.rows.append(row)
-                self.standing.append(row)
-                self.pending = []
-            case "nudge":
-                self._take(Nudge(**event["nudge"]))
-            case "resume":
-                self.config = dataclasses.replace(self.config, epochs=event["epochs"])
-            case "refused" | "end":
-                pass
-            case _:
-                raise ValueError(f"unknown event: {kind!r}")
+        if kind == "epoch":
+            row = {name: event[name] for name in ("epoch", "lr", "momentum")}
+            row |= {**_metrics(event), "nudges": "; ".join(map(str, self.pending)), "undone": 0}
+            self.rows.append(row)
+            self.standing.append(row)
+            self.pending = []
+        elif kind == "nudge":
+            self._take(Nudge(**event["nudge"]))
+        elif kind == "resume":
+            self.config = dataclasses.replace(self.config, epochs=event["epochs"])
+        elif kind not in ("refused", "end"):
+            raise ValueError(f"unknown event: {kind!r}")
         self.answered += kind in ("nudge", "refused")
         self.ended = kind == "end" or (kind == "refused" and self.ended)
         self.events.append(event)

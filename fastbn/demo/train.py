@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import fastbn
-from fastbn import optim
 from fastbn.demo import DemoError, require
 from fastbn.demo.data import Array, Data, Examples
 from fastbn.demo.files import one_line, refusals
@@ -139,11 +138,11 @@ class Config:
         least = 2 if self.norm == "batch" else 1
         obey(self, data=TEXT, data_dir=TEXT, batch_size=integer(least), epochs=integer(1))
         obey(self, seed=integer(0), hidden=WIDTHS, lr=POSITIVE)
-        used = OPTIMIZER.get(self.optimizer, {})
-        unused = nothing(f"--optimizer {self.optimizer}")
-        for name in ("momentum", "beta1", "beta2"):
-            obey(self, **{name: BELOW_1 if name in used else unused})
-        obey(self, eps=POSITIVE if "eps" in used else unused)
+        rules = {"momentum": BELOW_1, "beta1": BELOW_1, "beta2": BELOW_1, "eps": POSITIVE}
+        unused = dict.fromkeys(rules, nothing(f"--optimizer {self.optimizer}"))
+        obey(
+            self, **{**unused, **{name: rules[name] for name in OPTIMIZER.get(self.optimizer, {})}}
+        )
         most = math.inf if self.lr_decay == "inverse" else 1
         range_ = f"a number above 0 and at most {most}"
         rate: Rule = (lambda v: type(v) is float and 0 < v <= most, range_)
@@ -412,37 +411,31 @@ def trained_layers(network: Sequential) -> dict[str, Part]:
     return {name: layer for name, layer in network.leaves().items() if layer.params}
 
 
-def make_optimizer(config: Config, network: Sequential) -> optim.Optimizer:
+def make_optimizer(config: Config, network: Sequential) -> fastbn.optim.Optimizer:
     """Build the optimizer of the network's parameters."""
-    kinds = {"adam": optim.Adam, "rmsprop": optim.RMSprop}
-    kind: Any = kinds.get(config.optimizer, optim.SGD)
+    kind: Any = {"adam": fastbn.optim.Adam, "rmsprop": fastbn.optim.RMSprop}.get(
+        config.optimizer, fastbn.optim.SGD
+    )
     layers = list(trained_layers(network).values())
-    optimizer: optim.Optimizer = kind(layers, config.lr, **optimizer_options(config))
+    optimizer: fastbn.optim.Optimizer = kind(layers, config.lr, **optimizer_options(config))
     return optimizer
 
 
 def optimizer_options(config: Config) -> dict[str, Any]:
     """Return what the optimizer has besides the learning rate, under its own names."""
-    match config.optimizer:
-        case "momentum":
-            return {"momentum": config.momentum}
-        case "adam":
-            return {"betas": (config.beta1, config.beta2), "eps": config.eps}
-        case _:
-            return {}
+    if config.optimizer == "adam":
+        return {"betas": (config.beta1, config.beta2), "eps": config.eps}
+    return {"momentum": config.momentum} if config.optimizer == "momentum" else {}
 
 
 def decayed_lr(config: Config, epoch: int) -> float:
     """Return the learning rate of an epoch, counted from 0."""
-    lr, rate = config.lr, config.decay_rate or 0.0
-    match config.lr_decay:
-        case "inverse":
-            return optim.inverse_time_decay(lr, epoch, rate)
-        case "exponential":
-            return optim.exponential_decay(lr, epoch, rate)
-        case "staircase":
-            return optim.staircase_decay(lr, epoch, rate)
-        case "cosine":
-            return optim.cosine_decay(lr, epoch, config.epochs)
-        case _:
-            return lr
+    if config.lr_decay == "cosine":
+        return fastbn.optim.cosine_decay(config.lr, epoch, config.epochs)
+    decays = {
+        "inverse": fastbn.optim.inverse_time_decay,
+        "exponential": fastbn.optim.exponential_decay,
+        "staircase": fastbn.optim.staircase_decay,
+    }
+    decay = decays.get(config.lr_decay)
+    return decay(config.lr, epoch, config.decay_rate or 0.0) if decay else config.lr
