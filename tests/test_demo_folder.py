@@ -136,6 +136,15 @@ def test_a_forged_log(number, fields, stopped):
     assert {path: path.read_bytes() for path in stopped.glob("*.*")} == before
 
 
+def test_a_run_of_an_earlier_version(stopped):
+    forge(stopped, 0, format="fastbn watched run 1")
+    for ask in ASK.values():
+        with pytest.raises(
+            DemoError, match=r"expected a fastbn watched run 2, got a .* 1, of anot"
+        ):
+            ask(stopped)
+
+
 def test_a_truncated_log(stopped):
     path = stopped / "log.jsonl"
     whole = path.read_bytes()

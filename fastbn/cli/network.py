@@ -10,33 +10,39 @@ from fastbn.demo.train import CHOICES, FLOATS, Config, option, read_config
 
 
 def add_network_options(
-    parser: argparse.ArgumentParser, *, optimizer: str = "adam", config: bool = False
+    parser: argparse.ArgumentParser,
+    told: Mapping[str, str] | None = None,
+    *,
+    optimizer: str = "adam",
 ) -> None:
-    """Add an option for each field of `Config`, and --config if asked for.
+    """Add an option for each field of `Config`; values are checked there.
 
-    ``optimizer`` is the default of the command, for the help. Values are checked in `Config`, as
-    those in a checkpoint must be too.
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+    told : mapping of str to str, optional
+        What the help says, of which fields. By default it tells of all, in the words of `Config`.
+    optimizer : str
+        The default of the command, for the help.
     """
     add = parser.add_argument_group("network, data and training").add_argument
-    if config:
-        add(
-            "--config",
-            type=Path,
-            metavar="FILE.json",
-            help="values of the options below, as `fastbn tune` writes them; those given win",
-        )
     kinds: dict[str, Any] = {"hidden": _widths, "data": _data, "data_dir": _absolute}
-    kinds |= {
-        **dict.fromkeys(FLOATS, float),
-        **dict.fromkeys(("batch_size", "epochs", "seed"), int),
-    }
+    kinds |= dict.fromkeys(FLOATS, float) | dict.fromkeys(("batch_size", "epochs", "seed"), int)
     for field in fields(Config):
         name, text = field.name, field.metadata["help"].format(optimizer=optimizer)
+        if told is not None:
+            text = told.get(name, argparse.SUPPRESS)
         if name == "zero_gamma":
             add(option(name), action="store_true", help=text)
         else:
             metavar = "|".join(CHOICES.get(name, ())) or field.metadata["metavar"]
             add(option(name), type=kinds.get(name, str), metavar=metavar, help=text)
+
+
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """Add --config."""
+    text = "values of the options of the network, as `fastbn tune` writes them; those given win"
+    parser.add_argument("--config", type=Path, metavar="FILE.json", help=text)
 
 
 def read_network_options(given: Mapping[str, Any]) -> dict[str, Any]:

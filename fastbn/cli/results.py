@@ -13,9 +13,10 @@ from fastbn.demo.files import check_writable, refusals
 from fastbn.demo.train import Config, Trainer
 
 
-def add_file_options(parser: argparse.ArgumentParser) -> None:
-    """Add --plot, --save and --export."""
-    add = parser.add_argument_group("output").add_argument
+def add_file_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add --plot, --save and --export, and return their group."""
+    group = parser.add_argument_group("output")
+    add = group.add_argument
     add("--plot", type=Path, metavar="FILE.png", help="draw the curves of loss and accuracy")
     add("--save", type=Path, metavar="FILE", help="keep each finished epoch, to be resumed")
     add(
@@ -25,6 +26,7 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
         help="in the end, write weights and biases with each batch norm folded into them, and tell"
         " whether the predictions are the same",
     )
+    return group
 
 
 def check_files(config: Config, plot: Path | None, save: Path | None, export: Path | None) -> None:

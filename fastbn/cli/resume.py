@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastbn.cli.network import add_network_options, read_network_options
+from fastbn.cli.network import add_config_option, add_network_options, read_network_options
 from fastbn.cli.results import add_file_options, check_files, resumable, tell
 from fastbn.demo import DemoError, watch
 from fastbn.demo.checkpoint import load_checkpoint
@@ -20,9 +20,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("saved", type=Path, metavar="FILE|FOLDER", help="what to go on with")
     add_file_options(parser)
-    # Options of the network are taken where they say what the file says: so a command that began
-    # a training can be typed again.
-    add_network_options(parser, config=True)
+    # The other options may be given where they say what the file says: the command that began a
+    # training can be typed again.
+    add_config_option(parser)
+    add_network_options(parser, {"epochs": "train up to this epoch"})
 
 
 def run(

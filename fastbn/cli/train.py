@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastbn.cli.network import add_network_options, read_network_options
+from fastbn.cli.network import add_config_option, add_network_options, read_network_options
 from fastbn.cli.results import add_file_options, check_files, resumable, tell
 from fastbn.demo import DemoError
 from fastbn.demo.data import load
@@ -20,9 +20,9 @@ from fastbn.demo.train import COMPARED, DivergedError, Trainer, configure
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    add_network_options(parser, config=True)
-    add_file_options(parser)
-    parser.add_argument(
+    add_config_option(parser)
+    add_network_options(parser)
+    add_file_options(parser).add_argument(
         "--compare",
         action="store_true",
         help="train the same network with batch norm, for the resnet with instance norm, and"

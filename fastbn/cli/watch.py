@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastbn.cli.network import add_network_options, read_network_options
+from fastbn.cli.network import add_config_option, add_network_options, read_network_options
 from fastbn.cli.results import resumable, tell
 from fastbn.demo.log import NAME
 from fastbn.demo.train import configure
@@ -20,7 +20,8 @@ from fastbn.demo.watch import start
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or an empty one")
-    add_network_options(parser, config=True)
+    add_config_option(parser)
+    add_network_options(parser)
 
 
 def run(*, folder: Path, **given: Any) -> int:

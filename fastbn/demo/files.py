@@ -1,4 +1,4 @@
-"""What the operating system refuses, told in one line that names the option or the file."""
+"""Errors of the operating system, told in one line that names the option or the file."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def refusals(name: object) -> Iterator[None]:
-    """Make what the operating system refuses, within, a `DemoError` that begins with a name."""
+    """Raise an OSError from within as a `DemoError` that begins with a name."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What happened in a babysat run: its log, from which all else follows, and its nudges."""
+"""The log of a babysat run, and the nudges that it takes."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ class Nudge:
 
 
 class Log:
-    """The lines of ``log.jsonl``, in order, and what follows from them.
+    """What happened in a run, in order, and what follows from it.
 
     Parameters
     ----------
@@ -89,17 +89,18 @@ class Log:
     Attributes
     ----------
     events : list of dict
-        The lines of the file but the first, see `add`.
+        The lines of the file but the first; see `add`.
     rows : list of dict
         Every epoch ever trained, for the table of the curves.
     standing : list of dict
         Those that were not rolled back: epochs 1, 2, ...
     undone : list of (int, list of Epoch)
-        What each rollback took away, from the epoch on that it went back to, and its number.
+        For each rollback, the number of the epoch that it went back to, and the epochs from there
+        on that it took away.
     marks : list of (int, Nudge, bool)
         The nudges, before which epoch each was taken, and whether a later rollback undid it.
     pending : list of Nudge
-        Those that no epoch in ``standing`` followed yet.
+        Those that no epoch has followed yet.
     answered : int
         How many nudges were taken or refused.
     ended : bool
@@ -131,8 +132,10 @@ class Log:
         try:
             text = (folder / NAME).read_text(encoding="utf-8")
             head, *events = map(json.loads, text.splitlines())
-            if head["format"] != FORMAT:
-                raise ValueError("another format")
+            if (written := str(head["format"])) != FORMAT:
+                if written.startswith(FORMAT[:-1]):
+                    foreign = f"{folder}: expected a {FORMAT}, got a {written}, of another version"
+                raise ValueError(written)
             config = {**head["config"], "hidden": tuple(head["config"]["hidden"])}
             log = cls(folder / NAME, Config(**config))
             for event in events:

@@ -225,7 +225,7 @@ class Trainer:
 
     @property
     def name(self) -> str:
-        """What tells this network from that of another run."""
+        """The name of the network beside those with other norms."""
         return "without norm" if self.config.norm == "none" else f"with {self.config.norm} norm"
 
     def run(self, save: Path | None = None) -> None:
@@ -348,7 +348,7 @@ class Trainer:
 
 
 class State:
-    """An entry of a checkpoint as it lies in the file, before or without an object for it."""
+    """Values of a checkpoint that belong to no layer or optimizer, or not yet."""
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         self.values = values or {}
@@ -364,8 +364,8 @@ class State:
 
 def one_blas_thread() -> AbstractContextManager[Any]:
     """Hold BLAS to one thread, for the same bits on any number of cores."""
-    # A second one gains next to nothing on products as small as these, waits long for a busy core,
-    # and gives other bits.
+    # A second thread gains next to nothing on products as small as these, waits long for a busy
+    # core, and gives other bits.
     limits: AbstractContextManager[Any] = require("threadpoolctl").threadpool_limits(
         1, user_api="blas"
     )

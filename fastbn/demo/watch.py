@@ -134,12 +134,12 @@ class Run:
 
     def ends(self) -> bool:
         """Answer the nudges that wait; after the last epoch, or one that says stop, log the end."""
-        with _locked(self.folder / "nudges.lock"):  # so that none comes in unseen before the end
+        with _locked(self.folder / "nudges.lock"):  # none comes in between the look and the end
             stop = any(map(self.answer, self.waiting()))
             if stop or self.log.next_epoch > self.log.config.epochs:
                 self.log.add("end")
                 for line in self.waiting():
-                    self.answer(line)  # is refused, as the run has ended
+                    self.answer(line)  # refused, as the run has ended
             return self.log.ended
 
     def waiting(self) -> list[bytes]:
@@ -217,7 +217,7 @@ def start(folder: Path, config: Config) -> Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         _expect_empty(folder)
         with _locked(folder / "lock", PATIENCE):
-            _expect_empty(folder)  # nor has another process come first
+            _expect_empty(folder)  # another process may have come first
             run.log.write()
             run.train()
     return run.trainer
@@ -301,7 +301,7 @@ def send(folder: Path, nudge: Nudge) -> bool:
     DemoError
         If there is no run, it has ended, or it cannot do what the nudge says.
     """
-    Log.read(folder)  # before a lock is left in a folder without a run
+    Log.read(folder)  # fails where there is no run, before a lock is left there
     try:
         with _locked(folder / "lock", timeout=0):
             trains = False
@@ -353,7 +353,7 @@ def checkpoint(folder: Path, epoch: int) -> Path:
 @contextmanager
 def _opened(folder: Path) -> Iterator[Run]:
     """Read a run while nobody else trains it."""
-    Log.read(folder)  # before a lock is left in a folder without a run
+    Log.read(folder)  # fails where there is no run, before a lock is left there
     with _locked(folder / "lock", PATIENCE):
         yield Run(folder, Log.read(folder))
 
