@@ -36,21 +36,24 @@ def run(
 ) -> int:
     """Go on with a training."""
     fields = read_network_options(given)
-    trainer: Trainer | None = None
-    with resumable(lambda: trainer.saved if trainer else saved, plot, export):
-        if saved.is_dir():
-            if plot or save or export:
-                raise DemoError("--plot, --save, --export: cannot be used with a folder")
+    if saved.is_dir():
+        if plot or save or export:
+            raise DemoError("--plot, --save, --export: cannot be used with a folder")
+        with resumable(lambda: saved):
             trainer = watch.resume(saved, fields)
             print(f"curves: {saved / 'curves.png'}")
-        else:
-            if not save and (saved.parent / NAME).exists():
-                raise DemoError(
-                    f"{saved}: expected --save with another file, or the folder alone:"
-                    " this one belongs to a run of `fastbn watch`"
-                )
-            trainer = load_checkpoint(saved, fields)
-            check_files(trainer.config, plot, save, export)
-            trainer.run(save or saved)
+            tell(trainer)
+        return 0
+    if not save and (saved.parent / NAME).exists():
+        raise DemoError(
+            f"{saved}: expected --save with another file, or the folder alone:"
+            " this one belongs to a run of `fastbn watch`"
+        )
+    begun: list[Trainer] = []
+    with resumable(lambda: begun[0].saved if begun else saved, plot, export):
+        trainer = load_checkpoint(saved, fields)
+        begun.append(trainer)
+        check_files(trainer.config, plot, save, export)
+        trainer.run(save or saved)
         tell(trainer, plot=plot, export=export)
     return 0

@@ -29,6 +29,6 @@ def run(*, folder: Path, **given: Any) -> int:
     config = configure(read_network_options(given))
     with resumable(lambda: folder if (folder / NAME).exists() else None):
         trainer = start(folder, config)
-    print(f"curves: {folder / 'curves.png'}")
-    tell(trainer)
+        print(f"curves: {folder / 'curves.png'}")
+        tell(trainer)
     return 0
