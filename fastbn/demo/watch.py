@@ -362,7 +362,9 @@ def _locked(path: Path, timeout: float = -1) -> AbstractContextManager[Any]:
     """Keep other processes out of what a lock file protects."""
     filelock = require("filelock")
     try:
-        held: AbstractContextManager[Any] = filelock.FileLock(path).acquire(timeout)
+        held: AbstractContextManager[Any] = filelock.FileLock(path).acquire(
+            timeout, poll_interval=0.01
+        )
     except filelock.Timeout as error:
         raise BusyError(f"{path.parent}: another process is training there") from error
     except (OSError, NotImplementedError) as error:
