@@ -361,10 +361,9 @@ def _opened(folder: Path) -> Iterator[Run]:
 def _locked(path: Path, timeout: float = -1) -> AbstractContextManager[Any]:
     """Keep other processes out of what a lock file protects."""
     filelock = require("filelock")
+    lock = filelock.FileLock(path)
     try:
-        held: AbstractContextManager[Any] = filelock.FileLock(path).acquire(
-            timeout, poll_interval=0.01
-        )
+        held: AbstractContextManager[Any] = lock.acquire(timeout, poll_interval=0.01)
     except filelock.Timeout as error:
         raise BusyError(f"{path.parent}: another process is training there") from error
     except (OSError, NotImplementedError) as error:
