@@ -60,8 +60,8 @@ def test_info_prints_all_there_is_to_know(capsys):
 def test_info_needs_no_extra():
     code = (
         "import sys\n"
-        "for name in ('filelock', 'matplotlib', 'mlxtend', 'safetensors', 'sklearn', 'threadpoolctl',"
-        " 'tqdm'):\n"
+        "for name in ('filelock', 'matplotlib', 'mlxtend', 'safetensors', 'sklearn',"
+        " 'threadpoolctl', 'tqdm'):\n"
         "    sys.modules[name] = None\n"
         "from fastbn.cli import main\n"
         "assert main(['info']) == 0\n"
