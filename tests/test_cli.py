@@ -2,8 +2,6 @@
 
 import os
 import re
-import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +13,8 @@ from support import write_blobs
 import fastbn
 from fastbn.cli import main
 from fastbn.demo import train
-from fastbn.demo.train import Trainer, load_checkpoint
-from fastbn.demo.watch import Log
+from fastbn.demo.checkpoint import load_checkpoint
+from fastbn.demo.train import Trainer
 
 LAST_LINE = re.compile(r"test accuracy: (\d\.\d{2,})")
 
@@ -24,7 +22,7 @@ LAST_LINE = re.compile(r"test accuracy: (\d\.\d{2,})")
 @pytest.fixture
 def blobs(tmp_path):
     """Return options to train a small network shortly, on data that are easy to learn."""
-    for module in ("tqdm", "threadpoolctl"):
+    for module in ("safetensors", "tqdm", "threadpoolctl"):
         pytest.importorskip(module)
     return ["train", "--data", write_blobs(tmp_path), "--hidden", "8,8", "--epochs", "3"]
 
@@ -62,7 +60,8 @@ def test_info_prints_all_there_is_to_know(capsys):
 def test_info_needs_no_extra():
     code = (
         "import sys\n"
-        "for name in ('sklearn', 'matplotlib', 'tqdm', 'threadpoolctl', 'mlxtend'):\n"
+        "for name in ('filelock', 'matplotlib', 'mlxtend', 'safetensors', 'sklearn',"
+        " 'threadpoolctl', 'tqdm'):\n"
         "    sys.modules[name] = None\n"
         "from fastbn.cli import main\n"
         "assert main(['info']) == 0\n"
@@ -77,13 +76,27 @@ def test_version(capsys):
     assert run(["--version"], capsys) == (0, f"fastbn {fastbn.__version__}\n", "")
 
 
-def test_help_names_every_option(capsys):
-    status, out, _ = run(["train", "--help"], capsys)
+FIELDS = [train.option(name) for name in train.Config.__dataclass_fields__]
+FILES = ["--plot", "--save", "--export"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", [*FIELDS, *FILES, "--compare", "--config"]),
+        ("watch", [*FIELDS, "FOLDER", "--config"]),
+        ("resume", [*FILES, "FILE|FOLDER", "--epochs"]),
+        ("replay", ["FOLDER"]),
+        ("nudge", ["FOLDER", "--rollback", "--lr", "--momentum", "--stop"]),
+        ("info", []),
+    ],
+)
+def test_help_names_every_option(command, options, capsys):
+    status, out, _ = run([command, "--help"], capsys)
     assert status == 0
-    fields = [train.option(name) for name in train.Config.__dataclass_fields__]
-    files = ["--plot", "--compare", "--save", "--resume", "--watch", "--replay", "--export"]
-    for option in [*fields, *files, "--config"]:
+    for option in options:
         assert f"  {option}" in out
+    assert f"\n    {command} " in run(["--help"], capsys)[1]
 
 
 def test_help_tells_the_true_defaults(capsys):
@@ -136,7 +149,7 @@ def test_the_seed_decides_every_bit(blobs, capsys):
 
 
 def test_every_option_arrives(blobs, tmp_path, capsys):
-    file = tmp_path / "run.npz"
+    file = tmp_path / "run"
     options = "--model resnet --norm instance --zero-gamma --hidden 4 --optimizer momentum"
     options += " --lr 0.01 --momentum 0.8"
     options += " --lr-decay staircase --decay-rate 0.25 --batch-size 20 --epochs 2 --seed 3"
@@ -166,7 +179,7 @@ def test_every_option_arrives(blobs, tmp_path, capsys):
 
 
 def test_a_configuration_from_a_file(blobs, tmp_path, capsys):
-    path, saves = tmp_path / "c.json", [tmp_path / "1.npz", tmp_path / "2.npz"]
+    path, saves = tmp_path / "c.json", [tmp_path / "1", tmp_path / "2"]
     path.write_text('{"optimizer": "adam", "lr": 1, "beta1": 0.8, "hidden": [4, 4], "epochs": 2}')
     options = "--optimizer adam --beta1 0.8 --hidden 8,8 --epochs 3 --lr 0.1"
     both = [
@@ -219,7 +232,7 @@ def test_compare_of_resnets_has_instance_norm_too(blobs, tmp_path, capsys, monke
 
 def test_export(blobs, tmp_path, capsys):
     pytest.importorskip("safetensors")
-    path, file = tmp_path / "weights.safetensors", tmp_path / "run.npz"
+    path, file = tmp_path / "weights.safetensors", tmp_path / "run"
     status, out, err = run([*blobs, "--export", path, "--save", file], capsys)
     assert (status, err) == (0, "")
     told, named, _ = out.splitlines()[-3:]
@@ -256,9 +269,6 @@ def test_compare_goes_on_when_only_the_plain_network_diverges(blobs, tmp_path, c
     assert is_png(path)
 
 
-IN_A_FOLDER = "a run in a folder: --watch and --resume cannot be used with each other, --plot,"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -280,10 +290,10 @@ IN_A_FOLDER = "a run in a folder: --watch and --resume cannot be used with each 
         ),
         ("--plot curves.pdf", "--plot: expected the name of a .png file, got curves.pdf"),
         ("--plot none/curves.png", "--plot none/curves.png: cannot be written"),
-        ("--save none/run.npz", "--save none/run.npz: cannot be written"),
+        ("--save none/run", "--save none/run: cannot be written"),
         ("--save .", "--save .: cannot be written: [Errno 17] expected a file, got a folder or"),
         ("--save BLOBS", "--save: expected another file than that of --data"),
-        ("--compare --norm none", "--compare: cannot be used with --norm, --save, --resume or"),
+        ("--compare --norm none", "--compare: cannot be used with --norm, --save or --export"),
         ("--compare --export w.safetensors", "--compare: cannot be used with"),
         ("--norm instance", "--norm: expected batch or none with --model mlp"),
         ("--zero-gamma", "--zero-gamma: expected --model resnet with a norm, got True"),
@@ -293,18 +303,25 @@ IN_A_FOLDER = "a run in a folder: --watch and --resume cannot be used with each 
             "--model resnet --norm instance --export w.safetensors",
             "--export: expected --norm batch or none, as instance norm cannot be folded",
         ),
-        ("--compare --save run.npz", "--compare: cannot be used with"),
-        ("--compare --resume run.npz", "--compare: cannot be used with"),
-        ("--resume none.npz", "--resume none.npz: no such file"),
+        ("--compare --save run", "--compare: cannot be used with"),
+        ("--compare --resume run", "unrecognized arguments: --compare"),
+        ("--resume none", "none: no such file"),
         ("--resume BLOBS", "not a checkpoint of `fastbn train --save`, or damaged"),
-        ("--watch blobs.npz", "--watch blobs.npz: "),
-        ("--watch .", "--watch .: expected a new or empty folder, got one with files"),
+        ("--watch blobs.npz", "blobs.npz: cannot be written: "),
+        ("--watch .", ".: expected a new or empty folder, got one with files"),
         ("--watch run --batch-size 500", "--batch-size: expected at most 101"),
-        *((f"--watch run {other}", IN_A_FOLDER) for other in ("--compare", "--save run.npz")),
-        *((f"--watch run {other}", IN_A_FOLDER) for other in ("--plot a.png", "--resume run.npz")),
-        *((f"--resume . {other}", IN_A_FOLDER) for other in ("--compare", "--save run.npz")),
-        ("--resume .", "--resume .: no run of `fastbn train --watch` there"),
-        ("--replay run", IN_A_FOLDER),
+        ("--watch run --compare", "unrecognized arguments: --compare"),
+        ("--watch run --save a", "unrecognized arguments: --save a"),
+        ("--watch run --plot a.png", "unrecognized arguments: --plot a.png"),
+        ("--watch run --resume a", "argument --resume: not allowed with argument --watch"),
+        ("--watch=run --replay=run", "argument --replay: not allowed with argument --watch"),
+        ("--watch", "argument --watch: expected one argument"),
+        *(
+            (f"--resume . {o}", "cannot be used with a folder")
+            for o in ("--plot a.png", "--save a")
+        ),
+        ("--resume .", ".: no run of `fastbn watch` there"),
+        ("--replay run", "unrecognized arguments: --data"),
         ("--optimizer sgd --norm none --lr 1e30", "--lr 1e+30 is too high"),
         ("--config none.json", "--config none.json: no such file"),
         ("--config BLOBS", "--config blobs.npz: cannot be read as JSON: "),
@@ -327,7 +344,7 @@ def test_errors_are_one_line(options, message, blobs, tmp_path, capsys, monkeypa
     status, out, err = run([*blobs, *words], capsys)
     assert status == 2
     assert out == ""
-    assert re.fullmatch(r"fastbn(?: train)?: error: .*\n", err)
+    assert re.fullmatch(r"fastbn(?: train| watch| resume| replay)?: error: .*\n", err)
     assert message in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -349,233 +366,13 @@ def test_a_missing_extra(module, blobs, tmp_path, capsys, monkeypatch):
 
 
 def test_a_disk_that_fills_up(blobs, tmp_path, capsys, monkeypatch):
-    def full(*_, **__):
+    def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
-    status, out, err = run([*blobs, "--save", tmp_path / "run.npz"], capsys)
+    monkeypatch.setattr(os, "fsync", full)
+    status, out, err = run([*blobs, "--save", tmp_path / "saved"], capsys)
     assert (status, out) == (2, "")
-    assert err.endswith("run.npz: cannot be written: [Errno 28] No space left on device\n")
-
-
-@pytest.fixture
-def interrupted(monkeypatch):
-    """Let Ctrl-C arrive in the second epoch."""
-    train_epoch = Trainer.train_epoch
-
-    def interrupted(self, title):
-        if len(self.history) == 1:
-            raise KeyboardInterrupt
-        return train_epoch(self, title)
-
-    monkeypatch.setattr(Trainer, "train_epoch", interrupted)
-
-
-@pytest.mark.usefixtures("interrupted")
-def test_ctrl_c_without_save(blobs, capsys):
-    status, out, err = run(blobs, capsys)
-    assert status == 130
-    assert len(out.splitlines()) == 1
-    assert (
-        err == "\ninterrupted: nothing was saved; --save FILE keeps each epoch that is finished\n"
-    )
-
-
-@pytest.mark.usefixtures("interrupted")
-def test_ctrl_c_tells_the_command_that_resumes(blobs, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("safetensors")
-    file, plot, weights = (tmp_path / n for n in ("a run.npz", "curves.png", "w.safetensors"))
-    status, _, err = run([*blobs, "--save", file, "--plot", plot, "--export", weights], capsys)
-    assert status == 130
-    python, *words = shlex.split(err.splitlines()[-1])
-    assert python == sys.executable
-    assert words[:3] == ["-m", "fastbn", "train"]
-    monkeypatch.undo()
-    status, out, err = run(words[2:], capsys)
-    assert (status, err) == (0, "")
-    assert out.startswith("epoch 2/3")
-    assert LAST_LINE.fullmatch(out.splitlines()[-1])
-    assert is_png(plot)
-    assert weights.exists()
-
-
-@pytest.mark.usefixtures("interrupted")
-def test_ctrl_c_before_anything_is_built(blobs, tmp_path, capsys, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    file = tmp_path / "run.npz"
-    assert run([*blobs, "--save", file], capsys)[0] == 130
-    monkeypatch.setattr(np.random, "default_rng", interrupt)
-    status, _, err = run([*blobs, "--save", tmp_path / "other.npz"], capsys)
-    assert (status, "nothing was saved" in err) == (130, True)
-    status, _, err = run(["train", "--resume", file, "--save", tmp_path / "other.npz"], capsys)
-    assert (status, f"--resume {file}" in err) == (130, True)
-
-
-def test_resume_equals_an_uninterrupted_run(blobs, tmp_path, capsys):
-    whole, part, copy = (tmp_path / name for name in ("whole", "part", "copy"))
-    expected = run([*blobs, "--save", whole], capsys)[1]
-    run([*blobs, "--epochs", 1, "--save", part], capsys)
-    first = part.read_bytes()
-    status, out, _ = run(["train", "--resume", part, "--epochs", 3, "--save", copy], capsys)
-    assert status == 0
-    assert part.read_bytes() == first  # --save names another file
-    assert out.splitlines() == expected.splitlines()[1:]
-    assert copy.read_bytes() == whole.read_bytes()
-    run(["train", "--resume", part, "--epochs", 3], capsys)
-    assert part.read_bytes() == whole.read_bytes()
-
-
-def test_resuming_a_finished_run_tells_its_accuracy(blobs, tmp_path, capsys):
-    file = tmp_path / "run.npz"
-    expected = run([*blobs, "--save", file], capsys)[1].splitlines()[-1]
-    assert run(["train", "--resume", file], capsys) == (0, f"{expected}\n", "")
-
-
-def test_a_resumed_run_keeps_its_options(blobs, tmp_path, capsys):
-    file = tmp_path / "run.npz"
-    run([*blobs, "--save", file], capsys)
-    before = file.read_bytes()
-    status, out, err = run(["train", "--resume", file, "--lr", "0.5"], capsys)
-    assert (status, out) == (2, "")
-    assert "--lr: cannot change on resuming: expected 0.003" in err
-    assert file.read_bytes() == before
-    assert run(["train", "--resume", file, "--lr", "0.003"], capsys)[0] == 0
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
-def test_a_real_ctrl_c(blobs, tmp_path):
-    file = tmp_path / "run.npz"
-    process = subprocess.Popen(
-        **command(*blobs, "--epochs", 10**6, "--save", file),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        for _ in range(2):
-            assert process.stdout.readline().startswith("epoch ")
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-    assert process.returncode == 130
-    assert err.splitlines()[-1].endswith(f" -m fastbn train --resume {file}")
-    assert "Traceback" not in err
-    finished = 2 + len(out.splitlines())
-    assert finished <= len(load_checkpoint(file, {}).history) <= finished + 1
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for module in ("filelock", "matplotlib"):
-        pytest.importorskip(module)
-    return tmp_path / "a run"
-
-
-def lines_until(process, text):
-    """Read what a process prints up to a line with that text."""
-    lines = [process.stdout.readline()]
-    while text not in lines[-1]:
-        assert lines[-1], "".join(lines)
-        lines.append(process.stdout.readline())
-    return lines
-
-
-def test_a_babysat_run(blobs, folder, capsys):
-    pipe = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    train = [*blobs, "--epochs", 10**4, "--watch", folder]
-    with subprocess.Popen(**command(*train), **pipe) as process:
-        lines_until(process, "epoch     3/10000  loss ")
-        sent = "sent, for when the next epoch begins: lr 0.01, momentum 0.8\n"
-        nudge = ["nudge", folder, "--lr", "0.01", "--momentum", "0.8"]
-        assert run(nudge, capsys) == (0, sent, "")
-        lines_until(process, ": lr 0.01, momentum 0.8; epoch ")
-        lines_until(process, "epoch ")
-        assert run(["nudge", folder, "--rollback", "2"], capsys)[0] == 0
-        lines_until(process, ": rollback to 2; epoch 3 has the learning rate 0.00243\n")
-        assert lines_until(process, "epoch ")[0].startswith("epoch     3/10000  loss ")
-        status, out, err = run(["nudge", folder, "--rollback", "5000"], capsys)
-        assert (status, out) == (2, "")
-        assert re.fullmatch(
-            r"fastbn nudge: error: --rollback: expected .* kept, 0, 1, 2, 3.*, got 5000\n", err
-        )
-        assert run(["nudge", folder, "--lr", "0.02"], capsys)[0] == 0
-        lines_until(process, ": lr 0.02; epoch ")
-        lines_until(process, "epoch ")
-        process.kill()
-    epochs = len(Log.read(folder, "test").standing)
-
-    status, out, err = run(["nudge", folder, "--momentum", "0.7"], capsys)
-    assert out == f"sent, for when fastbn train --resume '{folder}' goes on: momentum 0.7\n"
-    with subprocess.Popen(**command("train", "--resume", folder), **pipe) as process:
-        lines = lines_until(process, "epoch ")
-        lines += lines_until(process, "loss ")
-        assert lines[0] == (
-            f"nudge before epoch {epochs + 1}: momentum 0.7; epoch {epochs + 1} has the learning"
-            f" rate {0.02 * 0.9**epochs:g}\n"
-        )
-        assert lines[1].startswith(f"epoch {epochs + 1:5}/10000  loss ")
-        assert run(["nudge", folder, "--stop"], capsys)[0] == 0
-        out, _ = process.communicate()
-    assert process.returncode == 0
-    *_, curves, last = out.splitlines()
-    assert curves == f"curves: {folder / 'curves.png'}"
-    assert is_png(folder / "curves.png")
-
-    replay = subprocess.run(
-        **command("train", "--replay", folder), **pipe, check=True, stderr=subprocess.STDOUT
-    )
-    log = Log.read(folder, "test")
-    assert [str(nudge) for _, nudge, _ in log.marks] == [
-        "lr 0.01, momentum 0.8",
-        "rollback to 2",
-        "lr 0.02",
-        "momentum 0.7",
-        "stop",
-    ]
-    assert len(log.rows) > len(log.standing)
-    assert replay.stdout.splitlines()[-2:] == [
-        f"the same bits: {len(log.rows)} epochs, 5 nudges",
-        last,
-    ]
-    assert LAST_LINE.fullmatch(last)
-
-
-@pytest.mark.usefixtures("interrupted")
-def test_ctrl_c_in_a_folder(blobs, folder, capsys, monkeypatch):
-    status, _, err = run([*blobs, "--watch", folder], capsys)
-    assert status == 130
-    assert "interrupted: the finished epochs are saved; resume with\n" in err
-    words = shlex.split(err.splitlines()[-1])[1:]
-    assert words == ["-m", "fastbn", "train", "--resume", str(folder)]
-    monkeypatch.undo()
-    status, out, err = run(words[2:], capsys)
-    assert (status, err) == (0, "")
-    assert [line[:9] for line in out.splitlines()[:2]] == ["epoch 2/3", "epoch 3/3"]
-    assert run(words[2:], capsys) == (0, "\n".join([*out.splitlines()[2:], ""]), "")
-    status, replayed, err = run(["train", "--replay", folder], capsys)
-    assert (status, err) == (0, "")
-    assert replayed.splitlines()[1:3] == out.splitlines()[:2]
-
-    file = folder / "epoch-0002.npz"
-    before = file.read_bytes()
-    status, out, err = run(["train", "--resume", file], capsys)
-    assert (status, out) == (2, "")
-    assert f"--resume {file}: expected --save with another file, or the folder alone" in err
-    assert file.read_bytes() == before
-    copy = folder.with_name("copy.npz")
-    assert run(["train", "--resume", file, "--save", copy], capsys)[0] == 0
-    assert copy.read_bytes() == (folder / "epoch-0003.npz").read_bytes()
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "train_epoch", interrupt)
-    assert run(["train", "--replay", folder], capsys) == (130, "", "\ninterrupted\n")
-    monkeypatch.setattr(Trainer, "__init__", interrupt)
-    status, _, err = run([*blobs, "--watch", folder.with_name("other")], capsys)
-    assert (status, "nothing was saved" in err) == (130, True)
+    assert err.endswith("saved: cannot be written: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize(
@@ -587,7 +384,7 @@ def test_ctrl_c_in_a_folder(blobs, folder, capsys, monkeypatch):
         ("run --momentum 1", "--momentum: expected a number from 0 to below 1, got 1.0"),
         ("run --rollback -1", "--rollback: expected an epoch, or 0 for the start, got -1"),
         ("run --rollback last", "argument --rollback: invalid int value: 'last'"),
-        ("run --stop", "run: no run of `fastbn train --watch` there"),
+        ("run --stop", "run: no run of `fastbn watch` there"),
         ("--stop", "the following arguments are required: FOLDER"),
     ],
 )

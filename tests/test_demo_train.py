@@ -1,58 +1,32 @@
-"""The loop, its configuration, checkpoints and curves, on examples that are quickly learnt."""
+"""The loop, its configuration, the export and the curves, on examples that are quickly learnt."""
 
-import json
 import re
 import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_cases import trainer_for
 from support import write_blobs
 
 from fastbn.demo import DemoError
 from fastbn.demo.curves import draw
-from fastbn.demo.data import load
-from fastbn.demo.files import check_writable, write_atomically
 from fastbn.demo.layers import Conv2d, Linear
 from fastbn.demo.train import (
     CHOICES,
     COMPARED,
-    OPTIMIZER,
     DivergedError,
-    Trainer,
     configure,
     decayed_lr,
-    load_checkpoint,
     read_config,
 )
 
 pytest.importorskip("tqdm")
 pytest.importorskip("threadpoolctl")
 
-QUICK = {"hidden": (8, 8), "epochs": 4, "batch_size": 16}
-
 
 @pytest.fixture
 def blobs(tmp_path):
     return write_blobs(tmp_path)
-
-
-def trainer_for(blobs, **given):
-    config = configure({**QUICK, "data": blobs, **given})
-    return Trainer(config, load(config.data))
-
-
-def interrupt_after(trainer, minibatches):
-    """Let Ctrl-C arrive while the minibatch after so many is trained on."""
-    step, count = trainer.optimizer.step, iter(range(minibatches))
-
-    def interrupted():
-        if next(count, None) is None:
-            raise KeyboardInterrupt
-        step()
-
-    trainer.optimizer.step = interrupted
 
 
 @pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
@@ -260,148 +234,6 @@ def test_an_export_that_fails_leaves_the_old_file(blobs, tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
-RUNS = [
-    {"optimizer": "sgd", "lr_decay": "none"},
-    {"optimizer": "momentum", "lr_decay": "inverse", "norm": "none"},
-    {"optimizer": "rmsprop", "lr_decay": "staircase"},
-    {"optimizer": "adam", "lr_decay": "cosine"},
-    {"optimizer": "adam", "model": "resnet"},
-    {"norm": "instance", "model": "resnet"},
-]
-
-
-@pytest.mark.parametrize("given", RUNS, ids=lambda given: "-".join(given.values()))
-@pytest.mark.parametrize("minibatches", [0, 3, 15, 24])  # of 6 an epoch, 24 in all
-def test_an_interrupted_run_resumes_to_the_same_bits(given, minibatches, blobs, tmp_path):
-    whole, file = tmp_path / "whole.npz", tmp_path / "interrupted.npz"
-    trainer_for(blobs, **given).run(whole)
-
-    trainer = trainer_for(blobs, **given)
-    interrupt_after(trainer, minibatches)
-    if minibatches < 24:
-        with pytest.raises(KeyboardInterrupt):
-            trainer.run(file)
-    else:
-        trainer.run(file)
-    assert trainer.saved == file
-
-    resumed = load_checkpoint(file, {})
-    assert len(resumed.history) == minibatches // 6
-    resumed.run(file)
-    assert file.read_bytes() == whole.read_bytes()
-
-
-def test_more_epochs_continue_to_the_same_bits(blobs, tmp_path):
-    whole, file = tmp_path / "whole.npz", tmp_path / "short.npz"
-    trainer_for(blobs).run(whole)
-    trainer_for(blobs, epochs=1).run(file)
-    load_checkpoint(file, {"epochs": 4, "seed": 0}).run(file)
-    assert file.read_bytes() == whole.read_bytes()
-
-
-@pytest.fixture
-def checkpoint(blobs, tmp_path):
-    path = tmp_path / "checkpoint.npz"
-    trainer_for(blobs, epochs=2, lr=0.5, norm="none").run(path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"lr": 0.1}, "--lr: cannot change on resuming: expected 0.5 as in .*, got 0.1"),
-        ({"hidden": (8,)}, r"--hidden: .* expected \(8, 8\) .* got \(8,\)"),
-        ({"norm": "batch"}, "--norm: .* expected 'none' .* got 'batch'"),
-        ({"epochs": 1}, "--epochs: expected 2 as in .* or more, got 1"),
-    ],
-)
-def test_another_configuration_cannot_be_resumed(given, message, checkpoint):
-    before = checkpoint.read_bytes()
-    with pytest.raises(DemoError, match=message):
-        load_checkpoint(checkpoint, given)
-    assert checkpoint.read_bytes() == before
-
-
-def test_a_cosine_cannot_be_made_longer(blobs, tmp_path):
-    path = tmp_path / "c.npz"
-    trainer_for(blobs, epochs=1, lr_decay="cosine").run(path)
-    with pytest.raises(DemoError, match=r"--epochs: expected 1 .* where --lr-decay cosine ends"):
-        load_checkpoint(path, {"epochs": 2})
-
-
-def forge(path, *, drop=(), about=None, **arrays):
-    """Change entries of a checkpoint; about: fields of its description."""
-    with np.load(path) as file:
-        content = dict(file)
-    text = json.loads(str(content["about"]))
-    for key, value in (about or {}).items():
-        if isinstance(value, dict):
-            text[key].update(value)
-        else:
-            text[key] = value
-    content |= {"about": np.array(json.dumps(text)), **arrays}
-    np.savez(path, **{key: value for key, value in content.items() if key not in drop})
-
-
-NOT_OURS = "not a checkpoint of `fastbn train --save`, or damaged"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"drop": ["about"]}, NOT_OURS),
-        ({"about": {"format": "another"}}, NOT_OURS),
-        (
-            {"about": {"format": "fastbn demo checkpoint 1"}},
-            "expected a fastbn demo checkpoint 2, got a fastbn demo checkpoint 1, of another",
-        ),
-        ({"about": {"config": {"zero_gamma": 0}}}, NOT_OURS),
-        ({"about": {"config": 5}}, NOT_OURS),
-        ({"about": {"config": {"more": 5}}}, NOT_OURS),
-        ({"about": {"config": {"hidden": 5}}}, NOT_OURS),
-        ({"about": {"config": {"hidden": [10**9, 10**9]}}}, NOT_OURS),
-        ({"about": {"config": {"hidden": [8.0, 8]}}}, NOT_OURS),
-        ({"about": {"config": {"model": ["mlp"]}}}, NOT_OURS),
-        ({"about": {"config": {"lr": 10**400}}}, NOT_OURS),
-        ({"about": {"config": {"data": "/no/such.npz"}}}, "/no/such.npz: no such file"),
-        ({"about": {"config": {"hidden": [8]}}}, "3.bias: expected float32 of shape"),
-        ({"about": {"history": [1]}}, NOT_OURS),
-        ({"about": {"history": [{"loss": 10**400}]}}, NOT_OURS),
-        ({"about": {"rng": {"bit_generator": "MT19937"}}}, "damaged, or .* has changed: "),
-        ({"about": {"rng": {"state": {"state": -1, "inc": "x"}}}}, "damaged, or .* has changed: "),
-        ({"about": {"rng": None}}, "damaged, or .* has changed: "),
-        ({"drop": ["network.1.weight"]}, "1.weight: expected float32 .* got nothing"),
-        ({"network.1.weight": np.zeros((1, 1))}, "1.weight: expected float32 of shape"),
-        ({"network.1.weight": np.array(["x"])}, "1.weight: expected float32 of shape"),
-        ({"optimizer.more": np.zeros(1)}, "unknown: more"),
-        ({"drop": ["optimizer.lr"]}, "missing: lr"),
-        ({"optimizer.lr": np.array("x")}, "lr: expected"),
-        ({"extra": np.array([print], dtype=object)}, "cannot be read: Object arrays"),
-    ],
-)
-def test_a_forged_checkpoint(change, message, checkpoint):
-    forge(checkpoint, **change)
-    before = checkpoint.read_bytes()
-    with pytest.raises(DemoError, match=message):
-        load_checkpoint(checkpoint, {})
-    assert checkpoint.read_bytes() == before
-
-
-def test_a_checkpoint_of_before_there_were_betas(blobs, tmp_path):
-    path = tmp_path / "old.npz"
-    trainer_for(blobs, epochs=1).run(path)
-    with np.load(path) as file:
-        about = json.loads(str(file["about"]))
-    old = {k: v for k, v in about["config"].items() if k not in ("momentum", *OPTIMIZER["adam"])}
-    about["config"] = old
-    with np.load(path) as file:
-        content = {**file, "about": np.array(json.dumps(about))}
-    np.savez(path, **content)
-    config = load_checkpoint(path, {}).config
-    assert config == configure({**QUICK, "data": blobs, "epochs": 1})
-    assert (config.momentum, config.beta1, config.beta2, config.eps) == (None, 0.9, 0.999, 1e-8)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -431,77 +263,6 @@ def test_momentum_and_betas_arrive(blobs):
     assert momentum.momentum == 0.7
     adam = trainer_for(blobs, beta1=0.8, beta2=0.0, eps=1e-4).optimizer
     assert (adam.betas, adam.eps) == ((0.8, 0.0), 1e-4)
-
-
-def test_a_truncated_checkpoint(checkpoint):
-    whole = checkpoint.read_bytes()
-    for size in (0, 10, 300, len(whole) // 2, len(whole) - 1):
-        checkpoint.write_bytes(whole[:size])
-        with pytest.raises(DemoError, match=r"not an .npz file, or damaged"):
-            load_checkpoint(checkpoint, {})
-
-
-def test_a_checkpoint_that_unpacks_to_more_than_it_is(checkpoint):
-    with zipfile.ZipFile(checkpoint, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("about.npy", bytes(10**6))
-    with pytest.raises(DemoError, match="cannot be read: its contents are compressed"):
-        load_checkpoint(checkpoint, {})
-
-
-def test_an_array_larger_than_the_memory(checkpoint):
-    header = "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,)}"
-    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
-    with zipfile.ZipFile(checkpoint, "w") as file:
-        file.writestr("about.npy", content)
-    with pytest.raises(DemoError, match="cannot be read: "):
-        load_checkpoint(checkpoint, {})
-
-
-def test_a_missing_checkpoint(tmp_path):
-    with pytest.raises(DemoError, match=r"--resume .*: no such file"):
-        load_checkpoint(tmp_path / "none.npz", {})
-
-
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failing_save_leaves_the_old_file(failure, checkpoint, monkeypatch):
-    trainer = load_checkpoint(checkpoint, {"epochs": 3})
-    before = checkpoint.read_bytes()
-
-    def full(file, **_):
-        file.write(before[:100])
-        raise failure
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", full)
-        with pytest.raises((DemoError, KeyboardInterrupt)) as caught:
-            trainer.save(checkpoint)
-    if isinstance(caught.value, DemoError):
-        assert str(caught.value).endswith("cannot be written: [Errno 28] No space left on device")
-    assert checkpoint.read_bytes() == before
-    assert {path.name for path in checkpoint.parent.iterdir()} == {"blobs.npz", "checkpoint.npz"}
-    assert len(load_checkpoint(checkpoint, {}).history) == 2
-
-
-def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "folder").mkdir()
-    link, target = tmp_path / "link", tmp_path / "folder" / "target"
-    link.symlink_to(target)
-    write_atomically(link, lambda file: file.write(b"new"), option="--save")
-    assert link.is_symlink()
-    assert target.read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("name", [".", "none/file", "blobs.npz/file"])
-def test_what_cannot_be_written_is_found_out_before(name, blobs):
-    path = Path(blobs).parent / name
-    with pytest.raises(DemoError, match=f"--save {path}: "):
-        check_writable(path, option="--save")
-
-
-@pytest.mark.skipif(not Path("/dev/null").exists(), reason="there is no /dev/null")
-def test_a_device_is_not_replaced():
-    with pytest.raises(DemoError, match="expected a file, got a folder or a device"):
-        check_writable(Path("/dev/null"), option="--save")
 
 
 @pytest.mark.parametrize("norms", [("batch",), ("batch", "instance", "none")])

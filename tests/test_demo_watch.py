@@ -1,28 +1,19 @@
-"""A babysat run: nudges, rollbacks, what is kept, deaths at any moment, replay to the same bits."""
+"""A babysat run: nudges and rollbacks, what is kept, replay to the same bits."""
 
 import csv
-import json
-import os
-import subprocess
-import sys
-from collections import Counter
-from itertools import count, pairwise
 
-import numpy as np
 import pytest
+from demo_cases import assert_same_bits
+from demo_runs import column, config_for, disturb, log_of, plain
 from support import write_blobs
 
 from fastbn import optim
 from fastbn.demo import DemoError, train, watch
 from fastbn.demo.data import load
-from fastbn.demo.files import write_atomically
-from fastbn.demo.train import DivergedError, Trainer, configure, decayed_lr, load_checkpoint
-from fastbn.demo.watch import Log, Nudge, checkpoint, replay, resume, send, start
+from fastbn.demo.log import Nudge
+from fastbn.demo.train import DivergedError, Trainer, decayed_lr
+from fastbn.demo.watch import checkpoint, replay, resume, send, start
 
-for module in ("filelock", "matplotlib", "threadpoolctl", "tqdm"):
-    pytest.importorskip(module)
-
-QUICK = {"hidden": (8,), "epochs": 6, "lr_decay": "none"}
 DRAW = watch.draw
 
 
@@ -38,53 +29,20 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-def config_for(folder, **given):
-    return configure({**QUICK, "data": str(folder.parent / "blobs.npz"), **given})
-
-
 @pytest.fixture
 def nudged(folder, monkeypatch):
     """Return what trains a run; nudges arrive during the first, second, ... epoch trained."""
 
     def nudged(nudges=None, begin=None, **given):
-        train_epoch, trained = Trainer.train_epoch, count(1)
-
-        def disturbed(self, title):
-            for nudge in (nudges or {}).get(next(trained), ()):
-                send(folder, Nudge(**nudge))
-            return train_epoch(self, title)
-
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "train_epoch", disturbed)
+            disturb(patch, folder, nudges or {})
             return begin() if begin else start(folder, config_for(folder, **given))
 
     return nudged
 
 
-def log_of(folder):
-    return Log.read(folder, "test")
-
-
-def column(folder, name):
-    return [row[name] for row in log_of(folder).rows]
-
-
-def plain(folder, **given):
-    """Train without a folder."""
-    config = config_for(folder, **given)
-    trainer = Trainer(config, load(config.data))
-    trainer.run()
-    return trainer
-
-
-def assert_same_bits(one, other):
-    for (name, a), (same, b) in zip(one.state().items(), other.state().items(), strict=True):
-        assert name == same
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
-
-
 def test_without_a_nudge_it_is_a_training_as_any_other(folder, tmp_path, capsys):
-    saved = tmp_path / "saved.npz"
+    saved = tmp_path / "saved.safetensors"
     config = config_for(folder)
     Trainer(config, load(config.data)).run(saved)
     out = capsys.readouterr().out
@@ -178,7 +136,7 @@ def test_stop_and_resume(folder, nudged, capsys):
     out = capsys.readouterr().out
     assert "nudge before epoch 3: lr 0.01, stop\n" in out
     assert "nudge before epoch 3 refused: the run has ended after epoch 2" in out
-    message = f"ended after epoch 2; `fastbn train --resume {folder}` goes on with it"
+    message = f"ended after epoch 2; `fastbn resume {folder}` goes on with it"
     with pytest.raises(DemoError, match=message):
         send(folder, Nudge(lr=0.1))
     replay(folder)
@@ -192,7 +150,7 @@ def test_more_epochs(folder, nudged):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert len(resume(folder, {}).history) == 3  # nothing is left to do
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(DemoError, match=f"`fastbn train --resume {folder} --epochs N` goes on"):
+    with pytest.raises(DemoError, match=f"`fastbn resume {folder} --epochs N` goes on"):
         send(folder, Nudge(lr=0.1))
     with pytest.raises(DemoError, match="--lr: cannot change on resuming"):
         resume(folder, {"lr": 0.1})
@@ -210,7 +168,7 @@ def test_which_checkpoints_are_kept(folder, nudged, monkeypatch):
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     nudged({6: [{"lr": 0.1}], 7: [{"momentum": 0.5}]}, epochs=22)
     expected = {best, 6, 7, 8, *range(13, 23)}
-    assert {path.name for path in folder.glob("*.npz")} == {
+    assert {path.name for path in folder.glob("*.safetensors")} == {
         checkpoint(folder, n).name for n in expected
     }
     assert len(expected) < 22
@@ -223,7 +181,7 @@ def test_which_checkpoints_are_kept(folder, nudged, monkeypatch):
 
 def test_files_of_the_user_are_left_alone(folder):
     start(folder, config_for(folder, epochs=1))
-    copies = [folder / "epoch-best.npz", folder / "notes.txt"]
+    copies = [folder / "epoch-best.safetensors", folder / "notes.txt"]
     for path in copies:
         path.write_text("mine")
     resume(folder, {"epochs": 15})
@@ -245,158 +203,15 @@ def test_a_rollback_to_a_damaged_checkpoint_is_refused(folder, monkeypatch, caps
         patch.setattr(Trainer, "train_epoch", disturbed)
         trainer = start(folder, config_for(folder))
     out = capsys.readouterr().out
-    assert "before epoch 6 refused: --watch" in out
-    assert "epoch-0002.npz: not an .npz file, or damaged\n" in out
-    assert "epoch-0001.npz: not of this run, or damaged\n" in out
+    assert f"before epoch 6 refused: {folder}" in out
+    assert "epoch-0002.safetensors: not a checkpoint of `fastbn train --save`, or damaged\n" in out
+    assert "epoch-0001.safetensors: not of this run, or damaged\n" in out
     refused = [event for event in log_of(folder).events if event["event"] == "refused"]
     assert [event["nudge"] for event in refused] == [
         {"rollback": 2, "lr": 0.5},
         {"rollback": 1, "lr": 0.5},
     ]
     assert_same_bits(trainer, plain(folder))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "expected --lr, --momentum, --rollback or --stop, got none of them"),
-        ({"lr": 0.0}, "--lr: expected a positive number, got 0.0"),
-        ({"lr": float("inf")}, "--lr: expected a positive number, got inf"),
-        ({"lr": float("nan")}, "--lr: expected a positive number, got nan"),
-        ({"lr": "0.1"}, "--lr: expected a positive number, got '0.1'"),
-        ({"momentum": 1.0}, "--momentum: expected a number from 0 to below 1, got 1.0"),
-        ({"momentum": -0.5}, "--momentum: expected a number from 0 to below 1, got -0.5"),
-        ({"rollback": -1}, "--rollback: expected an epoch, or 0 for the start, got -1"),
-        ({"rollback": True}, "--rollback: expected an epoch, or 0 for the start, got True"),
-        ({"stop": 1}, "--stop: expected True or False, got 1"),
-    ],
-)
-def test_values_out_of_range(values, message):
-    with pytest.raises(DemoError) as caught:
-        Nudge(**values)
-    assert str(caught.value) == message
-
-
-@pytest.fixture
-def stopped(folder, nudged):
-    """Return the folder of a run that a process left in the middle, without a momentum."""
-    nudged({3: [{"stop": True}]}, optimizer="sgd")
-    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    (folder / "log.jsonl").write_text("".join(lines[:4]))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (
-            {"momentum": 0.5},
-            "--momentum: expected a run with --optimizer momentum or adam, got sgd",
-        ),
-        ({"rollback": 4}, "--rollback: expected an epoch that is kept, 0, 1, 2, 3, got 4"),
-        ({"rollback": 4, "lr": 0.1}, "--rollback: expected an epoch that is kept"),
-    ],
-)
-def test_what_cannot_be_done_is_refused_at_once(values, message, stopped):
-    with pytest.raises(DemoError, match=message):
-        send(stopped, Nudge(**values))
-    assert list((stopped / "nudges").iterdir()) == []
-
-
-ASK = {
-    "send": lambda folder: send(folder, Nudge(lr=0.1)),
-    "resume": lambda folder: resume(folder, {}),
-    "replay": replay,
-}
-
-
-@pytest.mark.parametrize("ask", ASK.values(), ids=ASK)
-@pytest.mark.parametrize("name", ["none", ".", "blobs.npz"])
-def test_no_run_there(name, ask, folder, tmp_path):
-    with pytest.raises(DemoError, match=f"{tmp_path / name}: no run of `fastbn train --watch`"):
-        ask(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["blobs.npz"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not a nudge, or damaged"),
-        (b"\xff\xfe", "not a nudge, or damaged"),
-        (b"[" * 100_000, "not a nudge, or damaged"),
-        (b"[1]", "not a nudge, or damaged"),
-        (b'{"lr": 0.1, "colour": "red"}', "not a nudge, or damaged"),
-        (b'{"lr": -1.0}', "--lr: expected a positive number, got -1.0"),
-        (b'{"lr": 1}', "--lr: expected a positive number, got 1"),
-        (b'{"rollback": 5}', "--rollback: expected an epoch that is kept, 0, 1, 2, 3, got 5"),
-        (b'{"momentum": 0.5}', "--momentum: expected a run with"),
-    ],
-)
-def test_what_only_the_run_can_tell_is_refused_there(content, message, stopped, capsys):
-    (stopped / "nudges" / "x.json").write_bytes(content)
-    (stopped / "nudges" / ".y.json.1.tmp").write_bytes(b"not complete")
-    trainer = resume(stopped, {})
-    refused = [event for event in log_of(stopped).events if event["event"] == "refused"]
-    assert [(event["id"], event["epoch"]) for event in refused] == [("x", 4)]
-    assert message in refused[0]["why"]
-    assert f"nudge before epoch 4 refused: {refused[0]['why']}\n" in capsys.readouterr().out
-    assert {path.name for path in (stopped / "nudges").iterdir()} == {".y.json.1.tmp"}
-    assert_same_bits(trainer, plain(stopped, optimizer="sgd"))
-
-
-def test_a_nudge_waits_for_a_run_that_was_killed(stopped):
-    assert send(stopped, Nudge(lr=0.1)) is False
-    assert send(stopped, Nudge(rollback=1)) is False
-    assert send(stopped, Nudge(lr=0.2)) is False
-    resume(stopped, {})
-    assert [str(nudge) for _, nudge, _ in log_of(stopped).marks] == [
-        "lr 0.1",
-        "rollback to 1",
-        "lr 0.2",
-    ]
-    assert column(stopped, "lr") == [0.3] * 3 + [0.2] * 5
-
-
-def test_a_run_that_ends_while_a_nudge_is_sent(stopped, monkeypatch):
-    def ending(path, write, *, option):
-        write_atomically(path, write, option=option)
-        if path.parent.name == "nudges":
-            log_of(stopped).add("end")
-
-    monkeypatch.setattr(watch, "write_atomically", ending)
-    with pytest.raises(DemoError, match="the run has ended after epoch 3"):
-        send(stopped, Nudge(lr=0.1))
-    assert list((stopped / "nudges").iterdir()) == []
-
-
-def test_a_nudge_that_is_taken_just_before_the_end(stopped, monkeypatch):
-    def ending(path, write, *, option):
-        write_atomically(path, write, option=option)
-        if path.parent.name == "nudges":
-            monkeypatch.undo()
-            monkeypatch.setattr(watch, "draw", lambda *_, **__: None)
-            resume(stopped, {})
-
-    monkeypatch.setattr(watch, "write_atomically", ending)
-    assert send(stopped, Nudge(lr=0.1)) is False
-    assert log_of(stopped).ended
-    assert len(log_of(stopped).marks) == 1
-
-
-def test_a_nudge_between_the_last_look_and_the_end_is_answered(stopped, monkeypatch, capsys):
-    add = Log.add
-
-    def late(self, event, **fields):
-        if event == "end":
-            (stopped / "nudges" / "late.json").write_text('{"rollback": 1}')
-        add(self, event, **fields)
-
-    monkeypatch.setattr(Log, "add", late)
-    resume(stopped, {})
-    assert (
-        "nudge before epoch 7 refused: the run has ended after epoch 6" in capsys.readouterr().out
-    )
-    assert log_of(stopped).outcome("late") == "refused"
 
 
 def test_divergence_tells_the_way_on(folder):
@@ -415,252 +230,6 @@ def test_a_nudge_that_waits_saves_a_diverging_run(folder, nudged, capsys):
     assert "--lr 1e+30 is too high\nnudge before epoch 2: rollback to 1" in capsys.readouterr().out
     assert_same_bits(trainer, plain(folder, optimizer="sgd", norm="none", lr=0.1))
     assert_same_bits(replay(folder), trainer)
-
-
-class KilledError(BaseException):
-    """The death of a process."""
-
-
-WORKS = [(train, "write_atomically"), (watch, "write_atomically"), (watch, "_delete")]
-
-
-def train_and_die(folder, run, moment, nudges, monkeypatch):
-    """Train, and die before or after a write or a deletion; return whether it came to that."""
-    train_epoch, trained, moments = Trainer.train_epoch, count(1), count()
-    works = {(at, name): getattr(at, name) for at, name in WORKS}
-
-    def fatal(work):
-        def step(*args, **options):
-            if next(moments) == moment:
-                raise KilledError
-            work(*args, **options)
-            if next(moments) == moment:
-                raise KilledError
-
-        return step
-
-    def disturbed(self, title):
-        with monkeypatch.context() as safe:  # who sends does not die
-            safe.setattr(watch, "write_atomically", write_atomically)
-            for nudge in nudges.get(next(trained), ()):
-                send(run, Nudge(**nudge))
-        return train_epoch(self, title)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_epoch", disturbed)
-        for (at, name), work in works.items():
-            patch.setattr(at, name, fatal(work))
-        try:
-            start(run, config_for(folder, epochs=3))
-        except KilledError:
-            return True
-    return False
-
-
-def test_a_death_at_any_moment_loses_nothing(folder, monkeypatch):
-    nudges = {1: [{"lr": 0.1, "momentum": 0.5}, {"momentum": 0.6}], 2: [{"rollback": 1}]}
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # the machine does not die
-    for moment in count():
-        run = folder.with_name(f"run{moment}")
-        if not train_and_die(folder, run, moment, nudges, monkeypatch):
-            break
-        if not (run / "log.jsonl").exists():
-            trainer, sent = start(run, config_for(folder, epochs=3)), set()
-        else:
-            sent = {path.stem for path in (run / "nudges").glob("*.json")}
-            trainer = resume(run, {})
-        taken = [event["id"] for event in log_of(run).events if "id" in event]
-        assert len(set(taken)) == len(taken)
-        assert sent <= set(taken)
-        assert not list((run / "nudges").glob("*"))
-        assert len(trainer.history) == 3
-        assert_same_bits(replay(run), trainer)
-    assert moment > 40
-    assert len(log_of(run).marks) == 3
-
-
-def test_a_death_in_the_middle_of_a_file(stopped):
-    for name in ("epoch-0004.npz.123", "log.jsonl.123.4", "curves.png.123", "mine"):
-        (stopped / f".{name}.tmp").write_bytes(b"incomplete")
-    resume(stopped, {})
-    assert [path.name for path in stopped.glob(".*")] == [".mine.tmp"]
-
-
-def test_a_missing_extra(stopped, monkeypatch):
-    monkeypatch.setitem(sys.modules, "filelock", None)
-    for ask in ASK.values():
-        with pytest.raises(DemoError, match=r'filelock .*: pip install "fastbn\[demo\]"'):
-            ask(stopped)
-    assert list((stopped / "nudges").iterdir()) == []
-
-
-def test_two_processes_nudge_at_once(folder):
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from fastbn.demo.watch import Nudge, send\n"
-        "for n in range(40):\n"
-        "    assert send(Path(sys.argv[1]), Nudge(lr=float(sys.argv[2]) + n))\n"
-    )
-    argv = ["train", "--watch", folder, "--data", folder.parent / "blobs.npz"]
-    argv += ["--hidden", "2", "--epochs", 10**6, "--lr-decay", "cosine"]
-    training = subprocess.Popen(
-        [sys.executable, "-m", "fastbn", *map(str, argv)], stdout=subprocess.PIPE, text=True
-    )
-    with training:
-        assert training.stdout.readline().startswith("epoch ")
-        senders = [
-            subprocess.Popen([sys.executable, "-c", code, str(folder), first])
-            for first in ("1000", "2000")
-        ]
-        assert [process.wait() for process in senders] == [0, 0]
-        assert send(folder, Nudge(stop=True))
-        out, _ = training.communicate()
-    assert training.returncode == 0
-    log = log_of(folder)
-    rates = [nudge.lr for _, nudge, _ in log.marks[:-1]]
-    assert Counter(rates) == Counter([*range(1000, 1040), *range(2000, 2040)])
-    for first in (1000, 2000):  # each sender's own in the order in which it sent them
-        own = [rate for rate in rates if first <= rate < first + 1000]
-        assert own == sorted(own)
-    assert len([event for event in log.events if event["event"] == "refused"]) == 0
-    assert out.count("nudge before epoch") == 81
-    assert list((folder / "nudges").iterdir()) == []
-    assert all(later >= earlier for (earlier, *_), (later, *_) in pairwise(log.marks))
-
-
-def test_one_process_trains(stopped, tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "PATIENCE", 0.05)
-    with watch._locked(stopped, "test"):
-        assert send(stopped, Nudge(lr=0.1)) is True
-        for name in ("resume", "replay"):
-            with pytest.raises(watch.BusyError, match="another process is training there"):
-                ASK[name](stopped)
-    other = tmp_path / "other"
-    other.mkdir()
-    with watch._locked(other, "test"), pytest.raises(watch.BusyError):
-        start(other, config_for(stopped))
-    start(other, config_for(stopped, epochs=1))  # a lock is not in the way
-
-
-def test_a_folder_with_something_in_it(stopped, tmp_path):
-    before = {path: path.read_bytes() for path in stopped.glob("*.*")}
-    message = f"got one with a run of 3 epochs; `fastbn train --resume {stopped}` goes on with it"
-    with pytest.raises(DemoError, match=message):
-        start(stopped, config_for(stopped))
-    with pytest.raises(DemoError, match="expected a new or empty folder, got one with files"):
-        start(tmp_path, config_for(stopped))
-    with pytest.raises(DemoError, match=r"--watch .*blobs.npz: "):
-        start(tmp_path / "blobs.npz", config_for(stopped))
-    assert {path: path.read_bytes() for path in stopped.glob("*.*")} == before
-
-
-def test_a_configuration_that_does_not_fit_leaves_no_folder(folder):
-    with pytest.raises(DemoError, match="--batch-size"):
-        start(folder, config_for(folder, batch_size=500))
-    assert not folder.exists()
-
-
-def forge(folder, number, **fields):
-    """Change fields of a line of the log."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines()
-    lines[number] = json.dumps({**json.loads(lines[number]), **fields})
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
-@pytest.mark.parametrize(
-    ("number", "fields"),
-    [
-        (0, {"format": "another"}),
-        (0, {"config": 5}),
-        (0, {"config": {"hidden": [8]}}),
-        (1, {"epoch": 7}),
-        (1, {"epoch": "1"}),
-        (1, {"loss": "low"}),
-        (1, {"loss": 10**400}),
-        (1, {"event": "party"}),
-        (2, {"event": "nudge"}),
-        (2, {"event": "nudge", "nudge": {"lr": -1.0}}),
-        (2, {"event": "nudge", "nudge": {"rollback": 5}}),
-        (2, {"event": "nudge", "nudge": {"more": 5}}),
-        (2, {"event": "resume", "epochs": 0}),
-    ],
-)
-def test_a_forged_log(number, fields, stopped):
-    forge(stopped, number, **fields)
-    before = {path: path.read_bytes() for path in stopped.glob("*.*")}
-    for ask in (*ASK.values(), lambda folder: start(folder, config_for(folder))):
-        with pytest.raises(DemoError, match="not that of `fastbn train --watch`, or damaged"):
-            ask(stopped)
-    assert {path: path.read_bytes() for path in stopped.glob("*.*")} == before
-
-
-def test_a_truncated_log(stopped):
-    path = stopped / "log.jsonl"
-    whole = path.read_bytes()
-    for content in (b"", whole[:50], whole[:-30], b"\xff" + whole):
-        path.write_bytes(content)
-        with pytest.raises(DemoError, match="or damaged"):
-            resume(stopped, {})
-
-
-def test_a_lost_checkpoint(stopped):
-    checkpoint(stopped, 3).unlink()
-    with pytest.raises(DemoError, match=r"--resume .*epoch-0003.npz: no such file"):
-        resume(stopped, {})
-    checkpoint(stopped, 2).replace(checkpoint(stopped, 3))
-    with pytest.raises(DemoError, match=r"--resume .*epoch-0003.npz: not of this run, or damaged"):
-        resume(stopped, {})
-
-
-def test_a_replay_tells_the_first_epoch_that_differs(stopped):
-    loss = log_of(stopped).rows[1]["loss"]
-    path = checkpoint(stopped, 3)
-    state = dict(np.load(path))
-    about = json.loads(str(state["about"]))
-    about["history"][1]["loss"] = 0.5
-    np.savez(path, **{**state, "about": np.array(json.dumps(about))})
-    forge(stopped, 2, loss=0.5)
-    message = f"epoch 2: expected loss 0.5 as in log.jsonl, got {loss}"
-    with pytest.raises(DemoError, match=message):
-        replay(stopped)
-
-
-def test_a_replay_tells_a_checkpoint_of_other_bits(stopped):
-    path = checkpoint(stopped, 3)
-    trainer = load_checkpoint(path, {})
-    weight = trainer.network.children["1"].params["weight"]
-    weight[0, 0] = np.nextafter(weight[0, 0], np.float32(9))
-    trainer.save(path)
-    message = r"network.1.weight: expected the bits of epoch-0003.npz, got others"
-    with pytest.raises(DemoError, match=message):
-        replay(stopped)
-
-
-def test_a_replay_notices_a_forged_nudge(folder, nudged):
-    nudged({1: [{"lr": 0.01}]})
-    forge(folder, 2, nudge={"lr": 0.02})
-    with pytest.raises(DemoError, match=r"epoch 2: expected lr 0.01 .* got 0.02"):
-        replay(folder)
-
-
-def test_a_replay_leaves_the_folder_as_it_is(folder, nudged):
-    nudged({2: [{"rollback": 1}]})
-    before = {path: path.read_bytes() for path in folder.glob("*.*")}
-    replay(folder)
-    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
-
-
-def test_a_disk_that_fills_up(stopped, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", full)
-        with pytest.raises(DemoError, match="No space left on device"):
-            resume(stopped, {})
-    assert_same_bits(resume(stopped, {}), plain(stopped, optimizer="sgd"))
 
 
 def test_the_table_and_the_picture_are_renewed_each_epoch(folder, nudged, monkeypatch):

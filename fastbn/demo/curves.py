@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastbn.demo import require
-from fastbn.demo.files import write_atomically
 from fastbn.demo.train import Epoch, Trainer
+from fastbn.files import write_atomically
 
 
 def draw(
@@ -15,7 +16,6 @@ def draw(
     lr: float | None = None,
     marks: Sequence[tuple[int, str, bool]] = (),
     undone: Sequence[tuple[int, Sequence[Epoch]]] = (),
-    option: str = "--plot",
 ) -> None:
     """Draw the curves of networks of the same kind, with different norms or none, as a PNG.
 
@@ -29,13 +29,13 @@ def draw(
         Texts, before which epoch each stands, and whether it was undone, and is pale.
     undone : sequence of (int, sequence of Epoch)
         Epochs of the first network that were rolled back, drawn pale, and the number of the first.
-    option : str
-        The option that named the file, for the error message.
 
     Raises
     ------
     DemoError
-        If matplotlib is missing or the file cannot be written.
+        If matplotlib is missing.
+    OSError
+        If the file cannot be written.
     """
     config = trainers[0].config
     # Not by pyplot, which would look for a display.
@@ -45,36 +45,31 @@ def draw(
         f" {config.optimizer}, learning rate {lr or config.lr:g}"
     )
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for trainer, color in zip(trainers, ("C0", "C1", "C2"), strict=False):
-            for part, style in (("training", "--"), ("validation", "-")):
-                key = metric if part == "training" else f"validation_{metric}"
-                if trainer is trainers[0]:
-                    for first, branch in undone:
-                        values = [epoch[key] for epoch in branch]
-                        numbers = range(first, first + len(branch))
-                        axes.plot(numbers, values, style, color=color, alpha=0.3)
-                epochs = range(1, len(trainer.history) + 1)
-                values = [epoch[key] for epoch in trainer.history]
-                label = f"{trainer.name}, {part}"
-                axes.plot(epochs, values, style, color=color, marker=".", label=label)
+        for first, branch in undone:
+            _plot(axes, metric, branch, first, "C0")
+        for index, trainer in enumerate(trainers):
+            _plot(axes, metric, trainer.history, 1, f"C{index}", trainer.name)
         for before, text, pale in marks:
-            alpha = 0.4 if pale else 1
+            alpha, side = (0.4, "right") if pale else (1, "left")
             axes.axvline(before - 0.5, color="0.5", linestyle=":", alpha=alpha)
             # Above the axes it hides no curve, and the layout makes room for it.
-            axes.annotate(
-                text,
-                (before - 0.5, 1.02),
-                xycoords=axes.get_xaxis_transform(),
-                rotation=90,
-                ha="right" if pale else "left",
-                va="bottom",
-                fontsize="small",
-                alpha=alpha,
-            )
+            place = {"xy": (before - 0.5, 1.02), "xycoords": axes.get_xaxis_transform()}
+            look = {"rotation": 90, "ha": side, "va": "bottom", "fontsize": "small"}
+            axes.annotate(text, **place, **look, alpha=alpha)
         axes.set(xlabel="epoch", ylabel=metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
         if metric == "loss":
             axes.set_yscale("log")
-    write_atomically(path, lambda file: figure.savefig(file, format="png"), option=option)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _plot(
+    axes: Any, metric: str, epochs: Sequence[Epoch], first: int, color: str, name: str = ""
+) -> None:
+    """Draw the curves of training and validation; pale ones where there is no name."""
+    numbers = range(first, first + len(epochs))
+    for part, key, dash in (("training", "", "--"), ("validation", "validation_", "-")):
+        look = {"label": f"{name}, {part}", "marker": "."} if name else {"alpha": 0.3}
+        axes.plot(numbers, [epoch[key + metric] for epoch in epochs], dash, color=color, **look)

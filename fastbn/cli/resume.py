@@ -1,0 +1,59 @@
+"""Go on with a training, with all options as they were; only --epochs may be raised.
+
+A FILE is one of `fastbn train --save`. It goes on being saved to, unless --save names another. A
+FOLDER is one of `fastbn watch` whose run was killed or stopped, or is to have more epochs.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastbn.cli.network import add_config_option, add_network_options, read_network_options
+from fastbn.cli.results import add_file_options, check_files, resumable, tell
+from fastbn.demo import DemoError, watch
+from fastbn.demo.checkpoint import load_checkpoint
+from fastbn.demo.log import NAME
+from fastbn.demo.train import Trainer
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("saved", type=Path, metavar="FILE|FOLDER", help="what to go on with")
+    add_file_options(parser)
+    # The other options may be given where they say what the file says: the command that began a
+    # training can be typed again.
+    add_config_option(parser)
+    add_network_options(parser, {"epochs": "train up to this epoch"})
+
+
+def run(
+    *,
+    saved: Path,
+    plot: Path | None = None,
+    save: Path | None = None,
+    export: Path | None = None,
+    **given: Any,
+) -> int:
+    """Go on with a training."""
+    fields = read_network_options(given)
+    if saved.is_dir():
+        if plot or save or export:
+            raise DemoError("--plot, --save, --export: cannot be used with a folder")
+        with resumable(lambda: saved):
+            trainer = watch.resume(saved, fields)
+            print(f"curves: {saved / 'curves.png'}")
+            tell(trainer)
+        return 0
+    if not save and (saved.parent / NAME).exists():
+        raise DemoError(
+            f"{saved}: expected --save with another file, or the folder alone:"
+            " this one belongs to a run of `fastbn watch`"
+        )
+    begun: list[Trainer] = []
+    with resumable(lambda: begun[0].saved if begun else saved, plot, export):
+        trainer = load_checkpoint(saved, fields)
+        begun.append(trainer)
+        check_files(trainer.config, plot, save, export)
+        trainer.run(save or saved)
+        tell(trainer, plot=plot, export=export)
+    return 0
