@@ -3,43 +3,29 @@
 The shape. Every array is (outer, channels, inner), C-contiguous: NCHW is (N, C, H*W), NHWC is
 (N*H*W, C, 1), the course's (n_h, m) is (1, n_h, m). There are two ways to walk it:
 
-- runs (inner >= 16): the values of one channel lie in runs of `inner`, and lanes go along the
-  run. The channels are taken a tile at a time, so that a tile that fits in the cache is fetched
-  from memory once although it is read twice.
+- runs (inner >= 16): the values of one channel lie in runs of `inner`, and lanes go along the run.
+  The channels are taken a tile at a time, and a tile that fits in the cache is fetched once.
 - rows (inner < 16): lanes go across the channels. A row is `fold` times channels * inner values,
-  so that a few channels fill the lanes as well; the sums of the lanes of one channel are merged at
-  the end. Very wide rows are taken a panel of channels at a time.
+  so that a few channels fill the lanes as well. Very wide rows are taken a panel at a time.
 
-Either way sums are taken of packs of 16 lanes that lie a stride apart. Results are written along
-straight lines, backwards: what was touched last is still in the cache, and the hardware fetches
-ahead only along straight lines. Results larger than the cache are written past it.
-
-The statistics. Values are cut into blocks; block boundaries depend on the shape alone. In a block
-each lane sums x and x*x in float64, where the product of two floats is exact. Where the mean is so
-large that sum(x*x) - sum(x)^2 / n cancels, the block is summed again, of d = x - k with k its mean,
-rounded to the type of x, so that d*d is exact as well. (float64 values are summed so from the
-start, with k the block's first value.) Blocks are merged in order with Chan's formula [1]_, as
-distances from the channel's first value (its origin), which keeps what the mean itself would round
+The statistics. Values are cut into blocks. In a block each lane sums x and x*x in float64. Where
+the mean is so large that sum(x*x) - sum(x)^2 / n cancels, the block is summed again, of d = x - k
+with k its mean, rounded to the type of x, so that d*d is exact as well. (float64 values are summed
+so from the start, with k the block's first value.) Chan's formula [1]_ merges blocks in order, as
+distances from the channel's first value, its origin, which keeps what the mean itself would round
 away. The mean comes out as two doubles, mean + mean_low.
 
-The elements. y = (x - center) * scale + shift in the precision of x (float for 16-bit types), where
-center is the mean rounded to that precision and shift carries the rest of it; dx = ((g - level) -
-((x - center) * slope + residue)) * scale likewise. These are three and six operations an element,
-and none is a division. g is dy, or with an activation the gradient of what went into it: forward
-leaves a bit for each value, its sign there, and backward goes by that.
+The elements. y = (x - center) * scale + shift, dx = ((g - level) - ((x - center) * slope +
+residue)) * scale, in the precision of x (float for 16-bit types). center is the mean rounded to
+that precision, and shift carries the rest. g is dy, or with an activation the gradient of what went
+into it: forward leaves a bit for each value, its sign there, and backward goes by that.
 
 The indices. A channel is a place in memory. A statistic (mean, var, dgamma, dbeta) belongs to a
 channel of a group of examples, a parameter (gamma, beta) to a channel of all of them.
 
-The threads. The work is cut into chunks, which the pool hands out: whole tiles where there are
-enough of them, otherwise blocks to sum first, then pieces to write.
-
 The same bits everywhere. A pack has 16 lanes in every instruction set. Each operation is one IEEE
 operation (contracted only where the product is exact). Neither the blocks nor the order of merging
-depend on who computes them.
-
-`runs.pxi` and `rows.pxi` are the two walks, `statistics.pxi` merges sums and makes coefficients,
-`loops.hpp` has the inner loops. README.md tells how one of those is made.
+depend on who computes them. The pool hands the work out in chunks.
 
 .. [1] Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983.
 """

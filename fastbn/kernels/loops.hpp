@@ -59,7 +59,7 @@ INLINE void add_packs(const Job& job, std::ptrdiff_t i, std::ptrdiff_t count,
     std::ptrdiff_t first_bit = job.first_bit;
     double slope = job.slope;
     Wide a = sum_a, b = sum_b;
-    if (lanes < LANES) k = keep_first(k, lanes);
+    if (lanes < LANES) k = join(k, fill(0.0), lanes);
     for (; count > 0; count--, i += stride) {
         Wide d = load_wide(x + i, lanes), g;
         if constexpr (shifted) d = d - k;
@@ -96,7 +96,7 @@ template <class T, class Body> INLINE void with_flags(const Job& job, bool shift
 }
 
 template <class T, bool gradient, bool shifted, bool fused>
-void sum_runs(const Job& job, const Runs& r, double shift, double* sums, std::ptrdiff_t next) {
+void sum_runs_as(const Job& job, const Runs& r, double shift, double* sums, std::ptrdiff_t next) {
     Wide a[MOST_RUNS], b[MOST_RUNS], k = fill(shift);
     std::ptrdiff_t whole = r.length / LANES;
     int tail = (int)(r.length % LANES);
@@ -121,13 +121,13 @@ template <class T>
 void sum_runs(const Job& job, const Runs& r, bool shifted, double k, double* sums,
               std::ptrdiff_t next) {
     with_flags<T>(job, shifted, [&](auto gradient, auto is_shifted, auto fused) {
-        sum_runs<T, decltype(gradient)::value, decltype(is_shifted)::value,
-                 decltype(fused)::value>(job, r, k, sums, next);
+        sum_runs_as<T, decltype(gradient)::value, decltype(is_shifted)::value,
+                    decltype(fused)::value>(job, r, k, sums, next);
     });
 }
 
 template <class T, bool gradient, bool shifted, bool fused>
-void sum_columns(const Job& job, const Columns& given, const double* k, double* a, double* b) {
+void sum_columns_as(const Job& job, const Columns& given, const double* k, double* a, double* b) {
     const Columns c = given;
     constexpr std::ptrdiff_t line = 64 / sizeof(T);
     const T* x = (const T*)job.x;
@@ -171,8 +171,8 @@ void sum_columns(const Job& job, const Columns& given, const double* k, double* 
 template <class T>
 void sum_columns(const Job& job, const Columns& c, const double* k, double* a, double* b) {
     with_flags<T>(job, k != nullptr, [&](auto gradient, auto shifted, auto fused) {
-        sum_columns<T, decltype(gradient)::value, decltype(shifted)::value,
-                    decltype(fused)::value>(job, c, k, a, b);
+        sum_columns_as<T, decltype(gradient)::value, decltype(shifted)::value,
+                       decltype(fused)::value>(job, c, k, a, b);
     });
 }
 
@@ -381,25 +381,17 @@ void spread_table(const Table& table, std::ptrdiff_t first, void* lanes, std::pt
 
 // ------------------------------------------------------------------------------------- one type
 
-using SumRuns = void (*)(const Job&, const Runs&, bool, double, double*, std::ptrdiff_t);
-using SumColumns = void (*)(const Job&, const Columns&, const double*, double*, double*);
-using WriteRuns = void (*)(const Job&, const Table&, std::ptrdiff_t, std::ptrdiff_t);
-using WriteRows = void (*)(const Job&, const void*, std::ptrdiff_t, std::ptrdiff_t,
-                           std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t);
-using SpreadTable = void (*)(const Table&, std::ptrdiff_t, void*, std::ptrdiff_t, std::ptrdiff_t,
-                             std::ptrdiff_t);
-
 struct Loops {
     bool wide;            // whether elements are computed in float64; in float32 otherwise
     bool exact_products;  // whether those of two values are exact in float64
-    SumRuns sum_runs;
-    SumColumns sum_columns;
-    WriteRuns write_runs;
-    WriteRows write_rows;
-    SpreadTable spread_table;
-    void (*widen_into)(double*, const void*, std::ptrdiff_t, std::ptrdiff_t);
-    double (*value_at)(const void*, std::ptrdiff_t);
-    double (*gradient_at)(const Job&, std::ptrdiff_t);
+    decltype(&sum_runs<float>) sum_runs;
+    decltype(&sum_columns<float>) sum_columns;
+    decltype(&write_runs<float, true, true>) write_runs;
+    decltype(&write_rows<float, true, true>) write_rows;
+    decltype(&spread_table<float, true>) spread_table;
+    decltype(&widen_into<float>) widen_into;
+    decltype(&value_at<float>) value_at;
+    decltype(&gradient_at<float>) gradient_at;
 };
 
 template <class T, bool gradient, bool fused> Loops loops_of() {

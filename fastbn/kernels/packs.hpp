@@ -75,9 +75,6 @@ template <class H, class T> INLINE void put_past_cache(T* p, Twice<H> a) {
     put_past_cache(p, a.lo);
     put_past_cache(p + H::lanes, a.hi);
 }
-template <class H> INLINE Twice<H> join(Twice<H> a, Twice<H> b, int n) {
-    return {join(a.lo, b.lo, lower(n, H::lanes)), join(a.hi, b.hi, upper(n, H::lanes))};
-}
 template <class H> INLINE double sum(Twice<H> a) { return sum(a.lo + a.hi); }
 template <class H> INLINE unsigned above_zero(Twice<H> a) {
     return above_zero(a.lo) | above_zero(a.hi) << H::lanes;
@@ -106,7 +103,8 @@ template <class T> INLINE Pack<double> load_wide(const T* p, int lanes) {
 template <class T> INLINE void store(T* p, Pack<T> a, int lanes) {
     if (lanes == 16) put(p, a); else put(p, a, lanes);
 }
-INLINE Pack<double> keep_first(Pack<double> a, int lanes) { return join(a, fill(0.0), lanes); }
+// The first n lanes of a, the others of b.
+template <class P> INLINE P join(P a, P b, int n) { return select((1u << n) - 1, a, b); }
 INLINE double sum_lanes(Pack<double> a) { return sum(a); }
 INLINE Pack<double> square_root(Pack<double> a) { return root(a); }
 // In each lane: a < b ? yes : no.

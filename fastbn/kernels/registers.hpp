@@ -72,22 +72,34 @@ INLINE void narrow(Bfloat& b, float value) {
 // A pack: native registers, doubled until 16 lanes are together.
 template <class H> struct Twice { static constexpr int lanes = 2 * H::lanes; H lo, hi; };
 
+// What intrinsics of x86 have names for that differ in their beginning alone.
+#define X86_REGISTERS(mm)                                                        \
+    INLINE F operator+(F a, F b) { return {mm##_add_ps(a.v, b.v)}; }             \
+    INLINE F operator-(F a, F b) { return {mm##_sub_ps(a.v, b.v)}; }             \
+    INLINE F operator*(F a, F b) { return {mm##_mul_ps(a.v, b.v)}; }             \
+    INLINE D operator+(D a, D b) { return {mm##_add_pd(a.v, b.v)}; }             \
+    INLINE D operator-(D a, D b) { return {mm##_sub_pd(a.v, b.v)}; }             \
+    INLINE D operator*(D a, D b) { return {mm##_mul_pd(a.v, b.v)}; }             \
+    INLINE D operator/(D a, D b) { return {mm##_div_pd(a.v, b.v)}; }             \
+    INLINE D root(D a) { return {mm##_sqrt_pd(a.v)}; }                           \
+    INLINE void set(F& a, float value) { a.v = mm##_set1_ps(value); }            \
+    INLINE void set(D& a, double value) { a.v = mm##_set1_pd(value); }           \
+    INLINE void get(F& a, const float* p) { a.v = mm##_loadu_ps(p); }            \
+    INLINE void get(D& a, const double* p) { a.v = mm##_loadu_pd(p); }           \
+    INLINE void put(float* p, F a) { mm##_storeu_ps(p, a.v); }                   \
+    INLINE void put(double* p, D a) { mm##_storeu_pd(p, a.v); }                  \
+    INLINE void put_past_cache(float* p, F a) { mm##_stream_ps(p, a.v); }        \
+    INLINE void put_past_cache(double* p, D a) { mm##_stream_pd(p, a.v); }
+
 #if defined(__AVX512F__)
 
 struct F { static constexpr int lanes = 16; __m512 v; };
 struct D { static constexpr int lanes = 8; __m512d v; };
+X86_REGISTERS(_mm512)
 
 INLINE __mmask16 first16(int n) { return (__mmask16)((1u << n) - 1); }
 INLINE __mmask8 first8(int n) { return (__mmask8)((1u << n) - 1); }
 
-INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
-INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
-INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
-INLINE D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
-INLINE D operator-(D a, D b) { return {_mm512_sub_pd(a.v, b.v)}; }
-INLINE D operator*(D a, D b) { return {_mm512_mul_pd(a.v, b.v)}; }
-INLINE D operator/(D a, D b) { return {_mm512_div_pd(a.v, b.v)}; }
-INLINE D root(D a) { return {_mm512_sqrt_pd(a.v)}; }
 INLINE D multiply_add(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 INLINE D choose_less(D a, D b, D yes, D no) {
     return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
@@ -109,11 +121,7 @@ INLINE Twice<D> widen(F a) {
     return {{_mm512_cvtps_pd(_mm512_castps512_ps256(a.v))},
             {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))}};
 }
-INLINE void set(F& a, float value) { a.v = _mm512_set1_ps(value); }
-INLINE void set(D& a, double value) { a.v = _mm512_set1_pd(value); }
 
-INLINE void get(F& a, const float* p) { a.v = _mm512_loadu_ps(p); }
-INLINE void get(D& a, const double* p) { a.v = _mm512_loadu_pd(p); }
 INLINE void get(D& a, const float* p) { a.v = _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 INLINE void get(F& a, const float* p, int n) { a.v = _mm512_maskz_loadu_ps(first16(n), p); }
 INLINE void get(D& a, const double* p, int n) { a.v = _mm512_maskz_loadu_pd(first8(n), p); }
@@ -154,19 +162,13 @@ INLINE __m256i bfloats(F a) {
         _mm512_permutexvar_epi16(_mm512_load_si512(FROM_UPPER), nearest));
 }
 INLINE void put(Bfloat* p, F a) { _mm256_storeu_si256((__m256i*)p, bfloats(a)); }
-INLINE void put_past_cache(float* p, F a) { _mm512_stream_ps(p, a.v); }
-INLINE void put_past_cache(double* p, D a) { _mm512_stream_pd(p, a.v); }
 INLINE void put_past_cache(Half* p, F a) {
     _mm256_stream_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 INLINE void put_past_cache(Bfloat* p, F a) { _mm256_stream_si256((__m256i*)p, bfloats(a)); }
-INLINE void put(float* p, F a) { _mm512_storeu_ps(p, a.v); }
-INLINE void put(double* p, D a) { _mm512_storeu_pd(p, a.v); }
 INLINE void put(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first16(n), a.v); }
 INLINE void put(double* p, D a, int n) { _mm512_mask_storeu_pd(p, first8(n), a.v); }
 
-INLINE F join(F a, F b, int n) { return {_mm512_mask_blend_ps(first16(n), b.v, a.v)}; }
-INLINE D join(D a, D b, int n) { return {_mm512_mask_blend_pd(first8(n), b.v, a.v)}; }
 INLINE double sum(D a) {
     __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
     __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
@@ -177,6 +179,7 @@ INLINE double sum(D a) {
 
 struct F { static constexpr int lanes = 8; __m256 v; };
 struct D { static constexpr int lanes = 4; __m256d v; };
+X86_REGISTERS(_mm256)
 
 // A window on these that starts n before the middle has n lanes set.
 alignas(64) const int ONES_THEN_ZEROS[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -187,14 +190,6 @@ INLINE __m128i first4(int n) {
     return _mm_loadu_si128((const __m128i*)(ONES_THEN_ZEROS + 8 - n));
 }
 
-INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
-INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
-INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
-INLINE D operator+(D a, D b) { return {_mm256_add_pd(a.v, b.v)}; }
-INLINE D operator-(D a, D b) { return {_mm256_sub_pd(a.v, b.v)}; }
-INLINE D operator*(D a, D b) { return {_mm256_mul_pd(a.v, b.v)}; }
-INLINE D operator/(D a, D b) { return {_mm256_div_pd(a.v, b.v)}; }
-INLINE D root(D a) { return {_mm256_sqrt_pd(a.v)}; }
 INLINE D multiply_add(D a, D b, D c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 INLINE D choose_less(D a, D b, D yes, D no) {
     return {_mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
@@ -219,11 +214,7 @@ INLINE Twice<D> widen(F a) {
     return {{_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))},
             {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))}};
 }
-INLINE void set(F& a, float value) { a.v = _mm256_set1_ps(value); }
-INLINE void set(D& a, double value) { a.v = _mm256_set1_pd(value); }
 
-INLINE void get(F& a, const float* p) { a.v = _mm256_loadu_ps(p); }
-INLINE void get(D& a, const double* p) { a.v = _mm256_loadu_pd(p); }
 INLINE void get(D& a, const float* p) { a.v = _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 INLINE void get(F& a, const float* p, int n) { a.v = _mm256_maskload_ps(p, first8(n)); }
 INLINE void get(D& a, const double* p, int n) {
@@ -260,24 +251,13 @@ INLINE __m128i bfloats(F a) {
 }
 INLINE void put(Half* p, F a) { _mm_storeu_si128((__m128i*)p, halves(a)); }
 INLINE void put(Bfloat* p, F a) { _mm_storeu_si128((__m128i*)p, bfloats(a)); }
-INLINE void put_past_cache(float* p, F a) { _mm256_stream_ps(p, a.v); }
-INLINE void put_past_cache(double* p, D a) { _mm256_stream_pd(p, a.v); }
 INLINE void put_past_cache(Half* p, F a) { _mm_stream_si128((__m128i*)p, halves(a)); }
 INLINE void put_past_cache(Bfloat* p, F a) { _mm_stream_si128((__m128i*)p, bfloats(a)); }
-INLINE void put(float* p, F a) { _mm256_storeu_ps(p, a.v); }
-INLINE void put(double* p, D a) { _mm256_storeu_pd(p, a.v); }
 INLINE void put(float* p, F a, int n) { _mm256_maskstore_ps(p, first8(n), a.v); }
 INLINE void put(double* p, D a, int n) {
     _mm256_maskstore_pd(p, _mm256_cvtepi32_epi64(first4(n)), a.v);
 }
 
-INLINE F join(F a, F b, int n) {
-    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first8(n)))};
-}
-INLINE D join(D a, D b, int n) {
-    __m256d mask = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(first4(n)));
-    return {_mm256_blendv_pd(b.v, a.v, mask)};
-}
 INLINE double sum(D a) {
     __m128d two = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
     return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
@@ -287,15 +267,8 @@ INLINE double sum(D a) {
 
 struct F { static constexpr int lanes = 4; __m128 v; };
 struct D { static constexpr int lanes = 2; __m128d v; };
+X86_REGISTERS(_mm)
 
-INLINE F operator+(F a, F b) { return {_mm_add_ps(a.v, b.v)}; }
-INLINE F operator-(F a, F b) { return {_mm_sub_ps(a.v, b.v)}; }
-INLINE F operator*(F a, F b) { return {_mm_mul_ps(a.v, b.v)}; }
-INLINE D operator+(D a, D b) { return {_mm_add_pd(a.v, b.v)}; }
-INLINE D operator-(D a, D b) { return {_mm_sub_pd(a.v, b.v)}; }
-INLINE D operator*(D a, D b) { return {_mm_mul_pd(a.v, b.v)}; }
-INLINE D operator/(D a, D b) { return {_mm_div_pd(a.v, b.v)}; }
-INLINE D root(D a) { return {_mm_sqrt_pd(a.v)}; }
 INLINE D multiply_add(D a, D b, D c) { return {_mm_add_pd(_mm_mul_pd(a.v, b.v), c.v)}; }
 INLINE D choose_less(D a, D b, D yes, D no) {
     __m128d less = _mm_cmplt_pd(a.v, b.v);
@@ -321,43 +294,10 @@ INLINE D select(unsigned bits, D a, D b) {
 INLINE Twice<D> widen(F a) {
     return {{_mm_cvtps_pd(a.v)}, {_mm_cvtps_pd(_mm_movehl_ps(a.v, a.v))}};
 }
-INLINE void set(F& a, float value) { a.v = _mm_set1_ps(value); }
-INLINE void set(D& a, double value) { a.v = _mm_set1_pd(value); }
 
-INLINE __m128 two_floats(const float* p) {
-    return _mm_loadl_pi(_mm_setzero_ps(), (const __m64*)p);
+INLINE void get(D& a, const float* p) {
+    a.v = _mm_cvtps_pd(_mm_loadl_pi(_mm_setzero_ps(), (const __m64*)p));
 }
-INLINE void get(F& a, const float* p) { a.v = _mm_loadu_ps(p); }
-INLINE void get(D& a, const double* p) { a.v = _mm_loadu_pd(p); }
-INLINE void get(D& a, const float* p) { a.v = _mm_cvtps_pd(two_floats(p)); }
-INLINE void get(F& a, const float* p, int n) {
-    a.v = n == 0 ? _mm_setzero_ps()
-        : n == 1 ? _mm_load_ss(p)
-        : n == 2 ? two_floats(p)
-        : n == 3 ? _mm_movelh_ps(two_floats(p), _mm_load_ss(p + 2))
-                 : _mm_loadu_ps(p);
-}
-INLINE void get(D& a, const double* p, int n) {
-    a.v = n == 0 ? _mm_setzero_pd() : n == 1 ? _mm_load_sd(p) : _mm_loadu_pd(p);
-}
-INLINE void get(D& a, const float* p, int n) {
-    a.v = n == 0 ? _mm_setzero_pd() : _mm_cvtps_pd(n == 1 ? _mm_load_ss(p) : two_floats(p));
-}
-INLINE void put_past_cache(float* p, F a) { _mm_stream_ps(p, a.v); }
-INLINE void put_past_cache(double* p, D a) { _mm_stream_pd(p, a.v); }
-INLINE void put(float* p, F a) { _mm_storeu_ps(p, a.v); }
-INLINE void put(double* p, D a) { _mm_storeu_pd(p, a.v); }
-INLINE void put(float* p, F a, int n) {
-    if (n >= 4) { _mm_storeu_ps(p, a.v); return; }
-    if (n >= 2) _mm_storel_pi((__m64*)p, a.v);
-    if (n == 1) _mm_store_ss(p, a.v);
-    if (n == 3) _mm_store_ss(p + 2, _mm_movehl_ps(a.v, a.v));
-}
-INLINE void put(double* p, D a, int n) {
-    if (n >= 2) _mm_storeu_pd(p, a.v);
-    else if (n == 1) _mm_store_sd(p, a.v);
-}
-
 INLINE double sum(D a) { return _mm_cvtsd_f64(a.v) + _mm_cvtsd_f64(_mm_unpackhi_pd(a.v, a.v)); }
 
 #else
@@ -418,18 +358,7 @@ INLINE double sum(D a) { return a.v; }
 
 #endif
 
-// Partial registers by way of memory, where the machine has no masks.
-template <class V, class T> INLINE void get(V& a, const T* p, int n) {
-    T buffer[V::lanes] = {};
-    for (int i = 0; i < n; i++) buffer[i] = p[i];
-    get(a, (const T*)buffer);
-}
-template <class V, class T> INLINE void put(T* p, V a, int n) {
-    T buffer[V::lanes];
-    put(buffer, a);
-    for (int i = 0; i < n; i++) p[i] = buffer[i];
-}
-// Bits likewise.
+// Bits by way of memory, where the machine has no masks.
 template <class V, class T> INLINE unsigned above_zero_each(V a, T*) {
     T buffer[V::lanes];
     unsigned bits = 0;
@@ -452,6 +381,22 @@ INLINE D select(unsigned bits, D a, D b) { return select_each(bits, a, b, (doubl
 
 #endif
 
+#if !defined(__AVX2__) && !defined(__AVX512F__)
+
+// Partial registers by way of memory, where the machine has no masks.
+template <class V, class T> INLINE void get(V& a, const T* p, int n) {
+    T buffer[V::lanes] = {};
+    for (int i = 0; i < n; i++) buffer[i] = p[i];
+    get(a, (const T*)buffer);
+}
+template <class V, class T> INLINE void put(T* p, V a, int n) {
+    T buffer[V::lanes];
+    put(buffer, a);
+    for (int i = 0; i < n; i++) p[i] = buffer[i];
+}
+
+#endif
+
 // 16-bit types one by one: parts of a register, and all of it where the machine has no conversion.
 template <class S> using Only16 = std::enable_if_t<sizeof(S) == 2>;
 template <class V, class S> INLINE void get_each(V& a, const S* p, int n) {
@@ -469,22 +414,6 @@ template <class S> INLINE Only16<S> put(S* p, F a, int n) {
     for (int i = 0; i < n; i++) narrow(p[i], buffer[i]);
 }
 template <class S> INLINE Only16<S> put(S* p, F a) { put(p, a, F::lanes); }
-
-#if !defined(__AVX2__) && !defined(__AVX512F__)
-
-// The first n lanes of a, the others of b: by way of memory, where the machine has no masks.
-template <class V, class T> INLINE V join_each(V a, V b, int n, T*) {
-    T first[V::lanes], both[V::lanes];
-    put(first, a);
-    put(both, b);
-    for (int i = 0; i < n; i++) both[i] = first[i];
-    get(a, (const T*)both);
-    return a;
-}
-INLINE F join(F a, F b, int n) { return join_each(a, b, n, (float*)0); }
-INLINE D join(D a, D b, int n) { return join_each(a, b, n, (double*)0); }
-
-#endif
 
 // Where the machine has no stores that pass the cache by.
 template <class T> INLINE void put_past_cache(T* p, F a) { put(p, a); }
