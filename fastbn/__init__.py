@@ -2,6 +2,9 @@
 
 from contextlib import suppress
 
+import fastbn.runtime  # noqa: F401  the first, as it tells where nothing was compiled
+
+# isort: split
 from fastbn import optim
 from fastbn.checkpoint import load, save
 from fastbn.functional import (
