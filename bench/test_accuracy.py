@@ -1,29 +1,46 @@
 """How the error of y grows with the mean of x, at a standard deviation of 1."""
 
-import pytest
-from peers import PEERS
-from workloads import CORES, Data, Workload, images
+from dataclasses import asdict, dataclass
 
-FIRST, LAST = images("accuracy", 32, 8, 28, 28)
+import numpy as np
+import pytest
+from contenders import CONTENDERS
+
+from fastbn import reference
+from fastbn.cli.cases import CORES, EPS, Arrays, Case
+
+FIRST = Case("forward", "NCHW", (32, 8, 28, 28), CORES, family="accuracy")
+LAST = Case("forward", "NHWC", (32, 28, 28, 8), CORES, family="accuracy")
 MEANS = [0.0, *(10.0**k for k in range(7))]
 
 
-@pytest.mark.parametrize(
-    ("contender", "workload"),
-    [(name, FIRST) for name in ("fastbn", "numpy", "torch", "jax")]
-    + [(name, LAST) for name in ("torch", "tensorflow")],
-    ids=lambda value: value.layout if isinstance(value, Workload) else value,
-)
-def test_error_against_mean(contender, workload, benchmark):
-    def error(mean):
-        d = Data(workload, offset=mean)
-        peer = PEERS[contender](d, CORES)
-        (forward,) = peer.forward(None).values()
-        return d.error("forward", peer.array(forward()))
+@dataclass(frozen=True)
+class Entry:
+    case: Case
+    contender: str
 
+    def __str__(self):
+        return f"{self.case.layout}-{self.contender}"
+
+    def error(self, mean):
+        """Return the largest error over the largest value, in eps."""
+        case = self.case
+        a = Arrays(case.layout, case.shape, case.dtype)
+        a.x += np.float32(mean)
+        contender = CONTENDERS[self.contender](case, a)
+        *_, forward = contender.ways().values()
+        y = contender.array(forward())
+        exact = (each.astype(np.float64) for each in (a.x, a.gamma, a.beta))
+        wanted, _ = reference.batch_norm(*exact, axis=a.axis, eps=EPS)
+        return float(abs(y - wanted).max() / abs(wanted).max() / np.finfo(np.float32).eps)
+
+
+ENTRIES = [Entry(FIRST, name) for name in ("fastbn", "numpy", "torch", "jax")]
+ENTRIES += [Entry(LAST, name) for name in ("torch", "tensorflow")]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_error_against_mean(entry, benchmark):
     benchmark.group = "error against mean"  # its times mean nothing
-    try:
-        errors = benchmark.pedantic(lambda: [[mean, error(mean)] for mean in MEANS])
-    except ImportError as problem:
-        pytest.skip(f"{contender}: {problem}")
-    benchmark.extra_info.update(contender=contender, layout=workload.layout, errors=errors)
+    errors = benchmark.pedantic(lambda: [[mean, entry.error(mean)] for mean in MEANS])
+    benchmark.extra_info.update(contender=entry.contender, case=asdict(entry.case), errors=errors)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import geometric_mean, median
 from timeit import Timer
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
-from fastbn.cli.cases import BATCH, CORES, Case, short_cases
+from fastbn.cli.cases import AXIS, BATCH, CORES, MOVED, Case, short_cases
 from fastbn.cli.peers import OURS, PEERS, Contender
 
 ROUNDS = 5
@@ -36,6 +37,7 @@ NAMES = {
     "forward_add_relu": "forward, add, ReLU",
     "backward_add_relu": "backward, add, ReLU",
 }
+FAMILIES = ["ResNet-50", "MLP", "course", "few channels", "tiny", "other dtypes", "one call"]
 LEGEND = f"""\
 median: how long fastbn takes for the batch norms of ResNet-50 at batch {BATCH} together (sum), or
 for one shape among several (geometric mean). of ceiling: 100 % is the speed at which NumPy copies
@@ -73,9 +75,11 @@ class Row:
 # Measuring.
 
 
-def found() -> tuple[dict[str, str], list[str]]:
+def found(
+    peers: Mapping[str, type[Contender]] = PEERS,
+) -> tuple[dict[str, str], list[str]]:
     """Return the versions of the peers that are installed, and the names of the others."""
-    versions = {name: peer.version() for name, peer in PEERS.items()}
+    versions = {name: peer.version() for name, peer in peers.items()}
     return {n: v for n, v in versions.items() if v}, [n for n, v in versions.items() if not v]
 
 
@@ -100,7 +104,7 @@ def prepare(case: Case, contender: type[Contender]) -> Callable[[], Any]:
                 raise AssertionError(f"{case}: {contender.__name__} {name} has another result")
     if len(ways) == 1:
         return next(iter(ways.values()))
-    best = {way: min(_block(way, _size(way)) for _ in range(3)) for way in ways.values()}
+    best = {way: min(_block(way, _size(way)) for _ in range(2)) for way in ways.values()}
     return min(best, key=lambda way: best[way])
 
 
@@ -133,8 +137,9 @@ def _size(call: Callable[[], Any]) -> float:
 
 def _block(call: Callable[[], Any], size: float) -> float:
     time.sleep(REST)
-    call()  # wakes the threads, and brings the arrays back into the cache
     number = math.ceil(size)
+    if size > BLOCK / LONG:
+        call()  # wakes the threads, and brings the arrays back into the cache
     return Timer(call).timeit(number) / number
 
 
@@ -156,11 +161,16 @@ class Line(NamedTuple):
 
 def lines(rows: Iterable[Row]) -> list[Line]:
     """Put the rows of an operation, layout, number of threads, dtype and family into a line."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
+
+    def key(row: Row) -> tuple[Any, ...]:
         c = row.case
-        groups.setdefault((c.family, c.dtype, c.operation, c.layout, c.threads), []).append(row)
-    return [_line(members) for members in groups.values() if "fastbn" in members[0].times]
+        return (
+            FAMILIES.index(c.family), c.dtype, list(MOVED).index(c.operation),
+            list(AXIS).index(c.layout), c.threads,
+        )  # fmt: skip
+
+    groups = groupby(sorted((row for row in rows if "fastbn" in row.times), key=key), key)
+    return [_line(list(members)) for _, members in groups]
 
 
 def _line(rows: list[Row]) -> Line:
@@ -168,7 +178,7 @@ def _line(rows: list[Row]) -> Line:
     if cases[0].family == "ResNet-50":
         over = f"sum of {sum(case.count for case in cases)} norms"
     elif len(cases) > 1:
-        over = f"mean of {len(cases)} shapes"
+        over = f"{cases[0].family}, mean of {len(cases)}"
     else:
         over = f"one {cases[0].shape}"
 

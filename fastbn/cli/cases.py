@@ -77,8 +77,11 @@ class Arrays:
         some = rng.standard_normal((3, 65_537), dtype=np.float32).astype(kind)
         self.x, self.dy, self.residual = (np.resize(each, shape) for each in some)
         self.out = np.zeros_like(self.x)
-        self.gamma, self.beta, self.mean = rng.standard_normal((3, channels)).astype(parameters)
-        self.var = rng.uniform(0.5, 2, channels).astype(parameters)
+        self.gamma, self.beta = rng.standard_normal((2, channels)).astype(parameters)
+        others = tuple(i for i in range(len(shape)) if i != self.axis % len(shape))
+        self.mean, self.var = (
+            f(others, parameters).astype(parameters) for f in (self.x.mean, self.x.var)
+        )
 
     @property
     def parameters(self) -> tuple[Array, Array, Array, Array]:

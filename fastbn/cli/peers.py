@@ -232,12 +232,14 @@ class Torch(Contender):
         return array
 
     def forward(self) -> Ways:
-        operator, statistics = self.torch.native_batch_norm, self.torch.empty_like
-        outputs = (self.out, statistics(self.mean), statistics(self.mean))
         return {
-            "native_batch_norm": partial(operator, *self.training),
-            "native_batch_norm.out": partial(operator, *self.training, out=outputs),
+            "native_batch_norm.out": partial(
+                self.torch.native_batch_norm, *self.training, out=self._outputs()
+            )
         }
+
+    def _outputs(self) -> tuple[Any, Any, Any]:
+        return self.out, self.torch.empty_like(self.mean), self.torch.empty_like(self.mean)
 
     def inference(self) -> Ways:
         arguments = (self.x, self.gamma, self.beta, self.mean, self.var, False, 0.1, EPS)
@@ -248,13 +250,9 @@ class Torch(Contender):
     def backward(self) -> Ways:
         _, mean, rstd = self.torch.native_batch_norm(*self.training)
         fixed = (self.dy, self.x, self.gamma, None, None, mean, rstd, True, EPS, [True] * 3)
-        operator, statistics = self.aten.native_batch_norm_backward, self.torch.empty_like
-        outputs = {"out0": self.out, "out1": statistics(mean), "out2": statistics(mean)}
-        return {
-            "native_batch_norm_backward": partial(operator.default, *fixed),
-            # Torch computes a fresh dx here, too, and copies it: rarely faster.
-            "native_batch_norm_backward.out": partial(operator.out, *fixed, **outputs),
-        }
+        # With out= it computes a fresh dx, too, and copies it.
+        operator = self.aten.native_batch_norm_backward
+        return {"native_batch_norm_backward": partial(operator, *fixed)}
 
     def layer(self) -> Ways:
         layer = self.torch.nn.BatchNorm1d(len(self.gamma), eps=EPS)
@@ -272,19 +270,14 @@ class Torch(Contender):
         return self._steps(self.residual)
 
     def _steps(self, residual: Any) -> Ways:
-        """One step after the other: as one writes it, and in place."""
-        torch = self.torch
-        outputs = (self.out, torch.empty_like(self.mean), torch.empty_like(self.mean))
+        """One step after the other, each in place."""
+        torch, outputs = self.torch, self._outputs()
 
-        def new() -> Any:
-            y, mean, rstd = torch.native_batch_norm(*self.training)
-            return torch.relu(y if residual is None else y + residual), mean, rstd
-
-        def in_place() -> Any:
+        def steps() -> Any:
             y, mean, rstd = torch.native_batch_norm(*self.training, out=outputs)
             return torch.relu_(y if residual is None else y.add_(residual)), mean, rstd
 
-        return {"steps": new, "steps in place": in_place}
+        return {"steps": steps}
 
     def backward_relu(self) -> Ways:
         return self._steps_back(None)
