@@ -5,6 +5,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from math import prod
+from shutil import get_terminal_size
 
 import pytest
 from contenders import PEERS
@@ -142,14 +143,15 @@ def pytest_runtest_teardown(item):
     config, state = item.config, item.config.stash[STATE]
     state.done += _work(item)
     now, elapsed = time.monotonic(), time.monotonic() - state.start
-    left = elapsed * (state.work / state.done - 1)
-    text = f"{state.done / state.work:4.0%}, about {left // 60:.0f} min {left % 60:02.0f} s left"
+    minutes, seconds = divmod(round(elapsed * (state.work / state.done - 1)), 60)
+    text = f"{state.done / state.work:4.0%}, about {minutes} min {seconds:02} s left"
+    name = item.callspec.id if hasattr(item, "callspec") else item.name
     reporter, capture = (
         config.pluginmanager.get_plugin(n) for n in ("terminalreporter", "capturemanager")
     )
     with capture.global_and_fixture_disabled():
         if reporter.isatty:
-            reporter.rewrite(f"{text}: {item.name}"[: reporter._tw.fullwidth - 1], erase=True)
+            reporter.rewrite(f"{text}: {name}"[: get_terminal_size().columns - 1], erase=True)
         elif now - state.told > EVERY:
             state.told = now
             reporter.write_line(text)

@@ -49,7 +49,7 @@ def a_run():
     more = [Case("backward_add_relu", layout, (32, 8, 8, 8), 2) for layout in ("NCHW", "NHWC")]
     times = {"ceiling": 0.009, "fastbn": 0.01, "numpy": 0.1, "torch": 0.03, "onednn": 0.008}
     return [
-        Row(case, {name: steady(t) for name, t in times.items() if name != "onednn" or n == 12})
+        Row(case, {name: steady(t) for name, t in times.items() if name != "onednn" or n == 10})
         for n, case in enumerate([*short, *more, *blas])
     ]
 
@@ -274,11 +274,11 @@ def test_readme_and_pages_come_from_one_csv(report, monkeypatch, folder):
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 8
     assert table[0].endswith("| of ceiling | NumPy | PyTorch | oneDNN |")
-    assert table[2].startswith("| forward | NCHW | sum of 37 norms | 370 ms |")
+    assert table[2].startswith("| forward | NCHW | sum of 32 norms | 320 ms |")
     assert "float32 on 2 threads; A CPU, 2 CPUs (load 0.1 before); Python 3.12, fastbn 1.0" in text
     assert (
-        "Case by case, fastbn loses to oneDNN in 1 of 1 (at worst it takes 1.2 times as long: "
-        "backward on NCHW (32, 64, 56, 56))."
+        "Case by case, fastbn loses to oneDNN in 1 of 1; at worst it takes 1.2 times as long "
+        "(oneDNN: backward on NCHW (32, 64, 56, 56)). On arrays of 1 MB and more it is farthest"
     ) in text
     assert (folder / "docs" / "speed.png").exists()
     report.write_pages(folder / "docs")
@@ -291,7 +291,7 @@ def test_readme_and_pages_come_from_one_csv(report, monkeypatch, folder):
     assert "| 256 squared | fastbn | 1.00 |" in (pages / "blas.txt").read_text()
 
     readme = folder / "README.md"
-    readme.write_text(text.replace("370 ms", "37 ms"))
+    readme.write_text(text.replace("320 ms", "32 ms"))
     with pytest.raises(SystemExit, match=r"README\.md does not say"):
         run_report(report, monkeypatch, folder, "--check")
 

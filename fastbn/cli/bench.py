@@ -132,7 +132,9 @@ def race(calls: Mapping[str, Callable[[], Any]], tries: int = TRIES) -> dict[str
 
 def _size(call: Callable[[], Any]) -> float:
     """Return how many calls fill a block, or a part of one call."""
-    return BLOCK / _block(call, 1)
+    time.sleep(REST)
+    seconds = Timer(call).timeit(1)  # the first one may be slower than the others
+    return BLOCK / (seconds if seconds > LONG else _block(call, 1))
 
 
 def _block(call: Callable[[], Any], size: float) -> float:
