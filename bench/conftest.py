@@ -22,13 +22,13 @@ EVERY = 30  # seconds between two lines of progress, where a line cannot be writ
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="bench: all cases, about an hour")
+    parser.addoption("--full", action="store_true", help="bench: all cases, some twenty minutes")
 
 
 def pytest_configure(config):
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError('bench/ needs pytest-benchmark: pip install ".[bench]"')
-    config.option.benchmark_quiet = not config.option.verbose  # -v shows its table of each case
+    config.option.benchmark_quiet = config.option.verbose < 1  # -v shows its table of each case
     config.stash[STATE] = State(config)
 
 

@@ -44,11 +44,11 @@ COLUMNS = [*OF_CASE, "contender", "median_s", "fastest_s", "slowest_s", "mean", 
 
 @dataclass
 class Report:
-    """A run: times of all cases, errors by (contender, layout), and where it was measured."""
+    """A run: times of all cases, errors of y by (contender, case), and where it was measured."""
 
     machine: str = ""
     rows: list[Row] = field(default_factory=list)
-    errors: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
+    errors: dict[tuple[str, Case], list[tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def timed(self):
@@ -78,7 +78,7 @@ def read_run(path):
         info, stats = each["extra_info"], each["stats"]
         case = Case(**info["case"] | {"shape": tuple(info["case"]["shape"])})
         if "errors" in info:
-            report.errors[info["contender"], case.layout] = [tuple(e) for e in info["errors"]]
+            report.errors[info["contender"], case] = [tuple(e) for e in info["errors"]]
         else:
             row = rows.setdefault(case, Row(case, {}))
             row.times[info["contender"]] = Timing(stats["median"], stats["min"], stats["max"])
@@ -100,30 +100,34 @@ def to_csv(report):
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in report.rows:
-        case = asdict(row.case) | {"shape": "x".join(map(str, row.case.shape))}
+        case = written(row.case)
         for name, t in row.times.items():
             seconds = {"median_s": t.median, "fastest_s": t.fastest, "slowest_s": t.slowest}
             digits = {key: f"{value:.4g}" for key, value in seconds.items()}
             writer.writerow({**case, "contender": name, **digits})
-    for (name, layout), errors in report.errors.items():
+    for (name, case), errors in report.errors.items():
         for mean, error in errors:
-            what = {"operation": "error of y", "layout": layout, "contender": name}
-            writer.writerow({**what, "mean": f"{mean:g}", "error_eps": f"{error:.3g}"})
+            what = {"contender": name, "mean": f"{mean:g}", "error_eps": f"{error:.3g}"}
+            writer.writerow(written(case) | what)
     return text.getvalue()
+
+
+def written(case):
+    return asdict(case) | {"shape": "x".join(map(str, case.shape))}
 
 
 def from_csv(text):
     first, _, table = text.partition("\n")
     report, rows = Report(machine=first.removeprefix("# ")), {}
     for line in csv.DictReader(io.StringIO(table)):
-        if line["error_eps"]:
-            point = (float(line["mean"]), float(line["error_eps"]))
-            report.errors.setdefault((line["contender"], line["layout"]), []).append(point)
-            continue
         given = {name: line[name] for name in OF_CASE}
         given["shape"] = tuple(map(int, line["shape"].split("x")))
         given |= {name: int(line[name]) for name in ("threads", "count")}
         case = Case(**given)
+        if line["error_eps"]:
+            point = (float(line["mean"]), float(line["error_eps"]))
+            report.errors.setdefault((line["contender"], case), []).append(point)
+            continue
         seconds = (float(line[name]) for name in ("median_s", "fastest_s", "slowest_s"))
         rows.setdefault(case, Row(case, {})).times[line["contender"]] = Timing(*seconds)
     report.rows = list(rows.values())
@@ -278,8 +282,10 @@ def draw_sizes(report, operations, path):
 
 def draw_errors(report, path):
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    for (name, layout), points in report.errors.items():
-        other = (name, layout) == ("torch", "NHWC")
+    for (name, case), points in report.errors.items():
+        if len(points) == 1:
+            continue
+        other = (name, case.layout) == ("torch", "NHWC")
         label = f"{TITLES[name]}, channels last" if other else TITLES[name]
         line = "--" if other else "-"
         plot(axis, name, points, linestyle=line, label=label, markersize=7)
@@ -335,6 +341,7 @@ def write_pages(docs):
     calls = [line for line in shown if line.case.family == "one call"]
     write_table(folder / "call.txt", calls, report.peers)
     (folder / "blas.txt").write_text(markdown(beside_blas(report)) + "\n")
+    (folder / "errors.txt").write_text(markdown(errors(report)) + "\n")
     draw_errors(report, folder / "error_against_mean.png")
 
 
@@ -344,6 +351,20 @@ def write_table(path, lines, peers, first=False):
     table = [bench.header(TITLES[peer] for peer in peers)]
     table += [bench.cells(line, peers) for line in lines]
     path.write_text(markdown([row[first:] for row in table]) + "\n")
+
+
+def errors(report):
+    """Return the table of errors by layout and number of threads."""
+    found = {}
+    for (name, case), points in report.errors.items():
+        if len(points) == 1:
+            found.setdefault(case, {})[name] = points[0][1]
+    names = [name for name in TITLES if any(name in each for each in found.values())]
+    table = [["layout", "x", "threads", *(TITLES[name] for name in names)]]
+    for case, each in found.items():
+        shown = (f"{each[name]:.2g} eps" if name in each else "" for name in names)
+        table.append([case.layout, str(case.shape), str(case.threads), *shown])
+    return table
 
 
 def beside_blas(report):

@@ -16,6 +16,7 @@ from fastbn.cli.bench import Row, Timing
 from fastbn.cli.cases import Case
 
 ROOT = Path(__file__).parent.parent
+ACCURACY = Case("forward", "NCHW", (4, 4), 2, family="accuracy")
 OPERATIONS = (*cases.PLAIN, "layer", *cases.FUSED)
 
 
@@ -243,9 +244,10 @@ def a_file(path, rows, load=0.1):
         for row in rows
         for name, t in row.times.items()
     ]
-    case = Case("forward", "NCHW", (4, 4), 2, family="accuracy")
-    errors = {"contender": "torch", "case": asdict(case), "errors": [[0.0, 1.5], [1e6, 2e4]]}
-    benchmarks.append({"extra_info": errors, "stats": {}})
+    errors = {"torch": [[0.0, 1.5], [1e6, 2e4]], "fastbn": [[0.0, 0.5]]}
+    for name, each in errors.items():
+        info = {"contender": name, "case": asdict(ACCURACY), "errors": each}
+        benchmarks.append({"extra_info": info, "stats": {}})
     machine = {"cpu": {"brand_raw": "A CPU"}, "cores": 2, "load_before": load}
     machine |= {"versions": {"fastbn": "1.0"}, "python_version": "3.12"}
     about = {"datetime": "2026-01-02T03:04", "commit_info": {"id": "0123456789abcdef"}}
@@ -288,6 +290,7 @@ def test_readme_and_pages_come_from_one_csv(report, monkeypatch, folder):
         name for name in page.replace("(", " ").replace(")", " ").replace("bench/", " ").split()
         if name.endswith((".txt", ".png"))
     }  # fmt: skip
+    assert "| NCHW | (4, 4) | 2 | 0.5 eps |" in (pages / "errors.txt").read_text()
     assert "| 256 squared | fastbn | 1.00 |" in (pages / "blas.txt").read_text()
 
     readme = folder / "README.md"
@@ -313,7 +316,14 @@ def test_the_csv_keeps_all_of_a_run(report, folder):
     found, *_ = report.read_run(a_file(folder / "results.json", a_run()))
     again = report.from_csv(report.to_csv(found))
     assert again.machine == found.machine
-    assert again.errors == found.errors == {("torch", "NCHW"): [(0.0, 1.5), (1e6, 2e4)]}
+    assert (
+        again.errors
+        == found.errors
+        == {
+            ("torch", ACCURACY): [(0.0, 1.5), (1e6, 2e4)],
+            ("fastbn", ACCURACY): [(0.0, 0.5)],
+        }
+    )
     assert [row.case for row in again.rows] == [row.case for row in found.rows]
     for mine, theirs in zip(again.rows, found.rows, strict=True):
         for name, timing in theirs.times.items():

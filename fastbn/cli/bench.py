@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -285,9 +284,6 @@ def run() -> int:
             for case in cases:
                 rows.append(_measure(case, versions, failed, time.monotonic() - start))
             print(aligned(cells(_line(rows[-len(cases) :]), versions), columns), flush=True)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
     finally:
         fastbn.set_num_threads(threads)
     for name, problem in failed.items():
