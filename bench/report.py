@@ -4,7 +4,10 @@ pytest bench --benchmark-json=results.json && python bench/report.py results.jso
 python bench/report.py --check
 
 The second tells whether README.md says what the CSV holds. The pages of docs/ take their tables
-and pictures from the CSV when they are built (`write_pages`). A run on a busy machine is refused.
+and pictures from the CSV when they are built (`write_pages`).
+
+A run on a busy machine is refused, and so is one with uneven rounds. These cases alone can be
+measured again (`pytest bench -k CASE`): give both files, the later one last.
 """
 
 import argparse
@@ -70,10 +73,9 @@ class Report:
 # Runs and the CSV.
 
 
-def read_run(path):
-    """Return the report of a file of --benchmark-json, its load before and its number of CPUs."""
-    run = json.loads(Path(path).read_text())
-    report, rows = Report(), {}
+def add_run(report, path):
+    """Add a file of --benchmark-json to a report; return the load before and the number of CPUs."""
+    run, rows = json.loads(Path(path).read_text()), {}
     for each in run["benchmarks"]:
         info, stats = each["extra_info"], each["stats"]
         case = Case(**info["case"] | {"shape": tuple(info["case"]["shape"])})
@@ -82,16 +84,16 @@ def read_run(path):
         else:
             row = rows.setdefault(case, Row(case, {}))
             row.times[info["contender"]] = Timing(stats["median"], stats["min"], stats["max"])
-    report.rows = list(rows.values())
+    report.rows = list({**{row.case: row for row in report.rows}, **rows}.values())
     machine = run["machine_info"]
     load, cores = machine["load_before"], machine["cores"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    report.machine = (
+    report.machine = report.machine or (
         f"{machine['cpu'].get('brand_raw') or machine['machine']}, {cores} CPUs (load {load:.1f} "
         f"before); Python {machine['python_version']}, {versions}; {run['datetime'][:10]}, "
         f"commit {run['commit_info']['id'][:10]}"
     )
-    return report, load, cores
+    return load, cores
 
 
 def to_csv(report):
@@ -372,8 +374,8 @@ def beside_blas(report):
     times = {(row.case.operation, row.case.shape): row.times for row in report.rows}
     table = [["size of the matrices", "library", "in turns, over one after the other"]]
     for (operation, shape), turns in times.items():
-        if operation == "matmul in turns":
-            apart = times["matmul apart", shape]
+        if operation == "matmul_in_turns":
+            apart = times["matmul_apart", shape]
             for name in turns:
                 ratio = turns[name].median / apart[name].median
                 table.append([f"{shape[0]} squared", TITLES[name], f"{ratio:.2f}"])
@@ -382,7 +384,7 @@ def beside_blas(report):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="?", help="a file that --benchmark-json has written")
+    parser.add_argument("results", nargs="*", help="files that --benchmark-json has written")
     parser.add_argument("--check", action="store_true", help="compare README.md with the CSV")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     arguments = parser.parse_args()
@@ -390,8 +392,11 @@ def main():
         parser.error("expected a file of results, or --check")
     table, readme = arguments.root / "docs" / "benchmarks.csv", arguments.root / "README.md"
     if arguments.results:
-        report, load, cores = read_run(arguments.results)
-        refuse(bench.doubts(load, report.rows, cores))
+        report = Report()
+        for path in arguments.results:
+            load, cores = add_run(report, path)
+            refuse(bench.doubts(load, [], cores))
+        refuse(bench.doubts(nan, report.rows))
         table.write_text(to_csv(report))
         report = from_csv(table.read_text())
         readme.write_text(put(readme.read_text(), readme_section(report)))

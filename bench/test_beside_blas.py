@@ -15,7 +15,7 @@ from fastbn.cli.cases import CORES, Arrays, Case
 
 TIMES = 8
 SIZES = [256, 512, 1024]
-OPERATIONS = ("matmul in turns", "matmul apart")
+OPERATIONS = ("matmul_in_turns", "matmul_apart")
 
 
 @dataclass(frozen=True)

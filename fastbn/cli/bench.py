@@ -179,7 +179,7 @@ def _line(rows: list[Row]) -> Line:
     if cases[0].family == "ResNet-50":
         over = f"sum of {sum(case.count for case in cases)} norms"
     elif len(cases) > 1:
-        over = f"{cases[0].family}, mean of {len(cases)}"
+        over = f"{cases[0].family}, geo. mean of {len(cases)}"
     else:
         over = f"one {cases[0].shape}"
 
@@ -276,7 +276,7 @@ def run() -> int:
     print(about(versions, absent))
     print("It takes less than a minute.\n", flush=True)
     titles, rows, failed = header(versions), list[Row](), dict[str, Exception]()
-    typical = ["forward, add, ReLU", "", "sum of 37 norms", "", "99.9 ms", "", "", *versions]
+    typical = ["forward, add, ReLU", "", "sum of 32 norms", "", "99.9 ms", "", "", *versions]
     columns = widths([titles, typical])
     print(aligned(titles, columns), flush=True)
     try:
