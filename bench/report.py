@@ -27,6 +27,7 @@ from fastbn.cli.cases import FUSED, PLAIN, Case
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -251,7 +252,7 @@ def draw_lines(report, path):
     axis.set_yticks(range(len(lines)), labels)
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="times as long as the ceiling; further left is faster")
-    axis.xaxis.set_major_formatter("{x:g}")
+    number_ticks(axis.xaxis)
     finish(figure, [axis], path)
 
 
@@ -276,8 +277,8 @@ def draw_sizes(report, operations, path):
             plot(axis, name, points, markersize=7)
         title = f"{bench.NAMES.get(operation, operation)}, {layout}, {report.threads} threads"
         axis.set(xscale="log", yscale="log", xlabel="size of x, MB", title=title)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_major_formatter("{x:g}")
+        number_ticks(axis.xaxis)
+        number_ticks(axis.yaxis)
     axes[0].set_ylabel("GB/s read and written")
     finish(figure, axes, path)
 
@@ -294,6 +295,13 @@ def draw_errors(report, path):
     axis.set_xscale("symlog", linthresh=1)
     axis.set(yscale="log", xlabel="mean / standard deviation", ylabel="error of y, float32 eps")
     finish(figure, [axis], path)
+
+
+def number_ticks(logarithmic):
+    """Write 1, 2, 5, 10 and so on beside an axis."""
+    logarithmic.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    logarithmic.set_major_formatter("{x:g}")
+    logarithmic.set_minor_formatter(NullFormatter())
 
 
 def plot(axis, name, points, linestyle="", **options):

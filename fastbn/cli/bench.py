@@ -22,11 +22,12 @@ from fastbn.cli.cases import AXIS, BATCH, CORES, MOVED, Case, short_cases
 from fastbn.cli.peers import OURS, PEERS, Contender
 
 ROUNDS = 5
+FEWER = 3  # of the command, which promises to end within a minute
 BLOCK = 0.005  # seconds; a round of a contender is as many calls as fill it
 REST = 0.015  # seconds before a round, for the last one's threads to fall asleep
-LONG = 0.03  # a call so long takes part in every third round: it says enough, and time is short
+LONG = 0.03  # a call so long takes part in two rounds only: it says enough, and time is short
 TRIES = 3
-ENOUGH = 35  # seconds, after which the command measures nothing again
+ENOUGH = 30  # seconds, after which the command measures nothing again
 SPREAD = 3.0  # between a contender's slowest and fastest round: more says that something interfered
 BUSY = 0.25  # of the CPUs: more load than this before the run, and its numbers mean little
 
@@ -107,7 +108,9 @@ def prepare(case: Case, contender: type[Contender]) -> Callable[[], Any]:
     return min(best, key=lambda way: best[way])
 
 
-def race(calls: Mapping[str, Callable[[], Any]], tries: int = TRIES) -> dict[str, list[float]]:
+def race(
+    calls: Mapping[str, Callable[[], Any]], tries: int = TRIES, rounds: int = ROUNDS
+) -> dict[str, list[float]]:
     """Return the seconds per call of each contender, round by round.
 
     They take turns, so that noise falls on all of them. Where rounds of one differ too much, all
@@ -118,9 +121,9 @@ def race(calls: Mapping[str, Callable[[], Any]], tries: int = TRIES) -> dict[str
     for _ in range(tries):
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         order = list(calls)
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             for name in order:
-                if sizes[name] > BLOCK / LONG or turn % 3 == 0:
+                if sizes[name] > BLOCK / LONG or turn in (0, rounds - 1):
                     seconds[name].append(_block(calls[name], sizes[name]))
             order.append(order.pop(0))
         results.append((max(Timing.of(each).spread for each in seconds.values()), seconds))
@@ -300,5 +303,5 @@ def _measure(case: Case, peers: Iterable[str], failed: dict[str, Exception], ela
                 calls[name] = prepare(case, PEERS[name])
             except Exception as problem:  # of one library, not of the others
                 failed[name] = problem
-    seconds = race(calls, tries=TRIES if elapsed < ENOUGH else 1)
+    seconds = race(calls, tries=TRIES if elapsed < ENOUGH else 1, rounds=FEWER)
     return Row(case, {name: Timing.of(each) for name, each in seconds.items()})
