@@ -372,7 +372,7 @@ def errors(report):
     names = [name for name in TITLES if any(name in each for each in found.values())]
     table = [["layout", "x", "threads", *(TITLES[name] for name in names)]]
     for case, each in found.items():
-        shown = (f"{each[name]:.2g} eps" if name in each else "" for name in names)
+        shown = (f"{float(f'{each[n]:.2g}'):,g} eps" if n in each else "" for n in names)
         table.append([case.layout, str(case.shape), str(case.threads), *shown])
     return table
 

@@ -1,4 +1,4 @@
-"""`fastbn bench`: how fast fastbn is on this machine, beside the libraries that are installed.
+"""Show how fast fastbn is on this machine, beside the libraries that are installed.
 
 `bench/` of the repository measures more cases in the same way: `pytest bench`.
 """
@@ -27,7 +27,7 @@ BLOCK = 0.005  # seconds; a round of a contender is as many calls as fill it
 REST = 0.015  # seconds before a round, for the last one's threads to fall asleep
 LONG = 0.03  # a call so long takes part in two rounds only: it says enough, and time is short
 TRIES = 3
-ENOUGH = 30  # seconds, after which the command measures nothing again
+ENOUGH = 30  # seconds, after which the command takes two rounds, and none again
 SPREAD = 3.0  # between a contender's slowest and fastest round: more says that something interfered
 BUSY = 0.25  # of the CPUs: more load than this before the run, and its numbers mean little
 
@@ -303,5 +303,6 @@ def _measure(case: Case, peers: Iterable[str], failed: dict[str, Exception], ela
                 calls[name] = prepare(case, PEERS[name])
             except Exception as problem:  # of one library, not of the others
                 failed[name] = problem
-    seconds = race(calls, tries=TRIES if elapsed < ENOUGH else 1, rounds=FEWER)
+    hurry = elapsed > ENOUGH
+    seconds = race(calls, tries=1 if hurry else TRIES, rounds=2 if hurry else FEWER)
     return Row(case, {name: Timing.of(each) for name, each in seconds.items()})
