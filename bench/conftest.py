@@ -17,7 +17,7 @@ from fastbn.cli.cases import CORES
 
 LOAD = bench.load_before()  # before this run adds its own
 STATE = pytest.StashKey()
-ENOUGH = 100  # seconds, after which a run without --full measures nothing again
+ENOUGH = 80  # seconds, after which a run without --full measures nothing again
 EVERY = 30  # seconds between two lines of progress, where a line cannot be written over
 
 
