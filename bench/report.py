@@ -1,290 +1,424 @@
-"""Write the tables of README.md and docs/benchmarks.md, and the pictures in docs/, from saved runs.
+"""Write docs/benchmarks.csv, and what README.md says and shows of it, from a run's file.
 
 pytest bench --benchmark-json=results.json && python bench/report.py results.json
+python bench/report.py --check
+
+The second tells whether README.md says what the CSV holds. The pages of docs/ take their tables
+and pictures from the CSV when they are built (`write_pages`).
+
+A run on a busy machine is refused, and so is one with uneven rounds. These cases alone can be
+measured again (`pytest bench -k CASE`): give both files, the later one last.
 """
 
 import argparse
+import csv
+import io
 import json
-from collections import defaultdict
-from math import prod
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from math import nan, prod
 from pathlib import Path
-from statistics import geometric_mean
 
 import matplotlib as mpl
 
+from fastbn.cli import bench
+from fastbn.cli.bench import Row, Timing
+from fastbn.cli.cases import FUSED, PLAIN, Case
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-PEERS = ["plain", "numpy", "torch", "onednn", "jax", "tensorflow", "onnxruntime"]
-COLOURS = dict(zip(["ceiling", "fastbn", *PEERS], ["0.5", *mpl.color_sequences["tab10"]]))  # noqa: B905
-OUTPUTS = {"out": "out= given", "fresh": "fresh arrays"}
+TITLES = {
+    "ceiling": "ceiling", "fastbn": "fastbn", "numpy": "NumPy", "torch": "PyTorch",
+    "onednn": "oneDNN", "jax": "JAX", "tensorflow": "TensorFlow", "onnxruntime": "ONNX Runtime",
+}  # fmt: skip
+# Colours of Okabe and Ito, which those who do not see all colours tell apart, too.
+STYLES = {
+    "ceiling": ("#000000", "_"), "fastbn": ("#D55E00", "o"), "numpy": ("#0072B2", "s"),
+    "torch": ("#009E73", "^"), "onednn": ("#CC79A7", "D"), "jax": ("#E69F00", "v"),
+    "tensorflow": ("#56B4E9", "P"), "onnxruntime": ("#7F7F7F", "X"),
+}  # fmt: skip
+LARGE = 1e6  # bytes of x: below, a call costs more than the bytes
+OF_CASE = [each.name for each in fields(Case)]
+COLUMNS = [*OF_CASE, "contender", "median_s", "fastest_s", "slowest_s", "mean", "error_eps"]
 
 
-class Row:
-    """One workload, operation, number of threads and kind of output: all its contenders."""
+@dataclass
+class Report:
+    """A run: times of all cases, errors of y by (contender, case), and where it was measured."""
 
-    def __init__(self, info):
-        self.dtype, self.operation, self.layout = info["dtype"], info["operation"], info["layout"]
-        self.threads, self.output = info["threads"], info["output"]
-        self.family, self.count = info["family"], info["count"]
-        self.shape, self.bytes = tuple(info["shape"]), info["bytes"]
-        self.seconds, self.errors = {}, {}
+    machine: str = ""
+    rows: list[Row] = field(default_factory=list)
+    errors: dict[tuple[str, Case], list[tuple[float, float]]] = field(default_factory=dict)
 
     @property
-    def group(self):
-        return self.operation, self.layout, self.threads, self.output
+    def timed(self):
+        return [row for row in self.rows if row.case.family != "beside BLAS"]
 
-    def speed(self, contender):
-        return self.bytes / self.seconds[contender] / 1e9
+    @property
+    def peers(self):
+        return [name for name in TITLES if any(name in row.times for row in self.timed)][2:]
 
-    def ratio(self, peer):
-        """How many times as long as fastbn the peer takes; fastbn against the ceiling: reversed."""
-        mine, other = self.seconds["fastbn"], self.seconds[peer]
-        return mine / other if peer == "ceiling" else other / mine
+    @property
+    def threads(self):
+        return max(row.case.threads for row in self.timed)
 
-
-def load(paths):
-    """Return the files, their rows, and what is no row; the last file that has one counts."""
-    runs = [json.loads(Path(path).read_text()) for path in paths]
-    rows, others = {}, {}
-    for run in runs:
-        raced = {}
-        for benchmark in run["benchmarks"]:
-            info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
-            if "operation" in info:
-                row = raced.setdefault(benchmark["group"], Row(info))
-                row.seconds[info["contender"]] = seconds
-                row.errors[info["contender"]] = info["error_eps"]
-            else:
-                others[benchmark["fullname"]] = info | {"seconds": seconds}
-        rows |= raced
-    complete = [row for row in rows.values() if "fastbn" in row.seconds]
-    return runs, complete, list(others.values())
+    @property
+    def lines(self):
+        return bench.lines(self.timed)
 
 
-def time(seconds):
-    for unit, size in [("s", 1), ("ms", 1e-3), ("us", 1e-6)]:
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.0f} ns"
+# Runs and the CSV.
 
 
-def table(header, lines):
-    cells = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
+def add_run(report, path):
+    """Add a file of --benchmark-json to a report; return the load before and the number of CPUs."""
+    run, rows = json.loads(Path(path).read_text()), {}
+    for each in run["benchmarks"]:
+        info, stats = each["extra_info"], each["stats"]
+        case = Case(**info["case"] | {"shape": tuple(info["case"]["shape"])})
+        if "errors" in info:
+            report.errors[info["contender"], case] = [tuple(e) for e in info["errors"]]
+        else:
+            row = rows.setdefault(case, Row(case, {}))
+            row.times[info["contender"]] = Timing(stats["median"], stats["min"], stats["max"])
+    report.rows = list({**{row.case: row for row in report.rows}, **rows}.values())
+    machine = run["machine_info"]
+    load, cores = machine["load_before"], machine["cores"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    report.machine = report.machine or (
+        f"{machine['cpu'].get('brand_raw') or machine['machine']}, {cores} CPUs (load {load:.1f} "
+        f"before); Python {machine['python_version']}, {versions}; {run['datetime'][:10]}, "
+        f"commit {run['commit_info']['id'][:10]}"
+    )
+    return load, cores
 
 
-def peers_in(rows):
-    return [p for p in PEERS if any(p in row.seconds for row in rows)]
+def to_csv(report):
+    text = io.StringIO()
+    text.write(f"# {report.machine}\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in report.rows:
+        case = written(row.case)
+        for name, t in row.times.items():
+            seconds = {"median_s": t.median, "fastest_s": t.fastest, "slowest_s": t.slowest}
+            digits = {key: f"{value:.4g}" for key, value in seconds.items()}
+            writer.writerow({**case, "contender": name, **digits})
+    for (name, case), errors in report.errors.items():
+        for mean, error in errors:
+            what = {"contender": name, "mean": f"{mean:g}", "error_eps": f"{error:.3g}"}
+            writer.writerow(written(case) | what)
+    return text.getvalue()
 
 
-def summary(rows):
-    """Geometric means over the workloads of each group; a ratio above 1 says fastbn is faster."""
-    peers, lines = peers_in(rows), []
-    for group, members in groups(rows):
-        means = {
-            peer: geometric_mean(ratios)
-            for peer in ["ceiling", *peers]
-            if (ratios := [row.ratio(peer) for row in members if peer in row.seconds])
-        }
-        cells = [f"{means[p]:.2f}" if p in means else "" for p in ["ceiling", *peers]]
-        operation, layout, threads, output = group
-        lines.append([operation, layout, threads, OUTPUTS[output], len(members), *cells])
-    header = ["operation", "layout", "threads", "output", "shapes", "fastbn / ceiling"]
-    return table(header + [f"{peer} / fastbn" for peer in peers], lines)
+def written(case):
+    return asdict(case) | {"shape": "x".join(map(str, case.shape))}
 
 
-def groups(rows):
-    found = defaultdict(list)
-    for row in rows:
-        found[row.group].append(row)
-    return found.items()
-
-
-def network(rows):
-    """Add up the batch norms of one pass through ResNet-50, for those who took part in all."""
-    contenders, lines = ["ceiling", "fastbn", *peers_in(rows)], []
-    for group, members in groups([row for row in rows if row.family == "ResNet-50"]):
-        if sum(row.count for row in members) != 53:  # a run of only some shapes
+def from_csv(text):
+    first, _, table = text.partition("\n")
+    report, rows = Report(machine=first.removeprefix("# ")), {}
+    for line in csv.DictReader(io.StringIO(table)):
+        given = {name: line[name] for name in OF_CASE}
+        given["shape"] = tuple(map(int, line["shape"].split("x")))
+        given |= {name: int(line[name]) for name in ("threads", "count")}
+        case = Case(**given)
+        if line["error_eps"]:
+            point = (float(line["mean"]), float(line["error_eps"]))
+            report.errors.setdefault((line["contender"], case), []).append(point)
             continue
-        sums = [
-            time(sum(row.count * row.seconds[c] for row in members))
-            if all(c in row.seconds for row in members)
-            else ""
-            for c in contenders
-        ]
-        operation, layout, threads, output = group
-        lines.append([operation, layout, threads, OUTPUTS[output], *sums])
-    return table(["operation", "layout", "threads", "output", *contenders], lines) if lines else ""
+        seconds = (float(line[name]) for name in ("median_s", "fastest_s", "slowest_s"))
+        rows.setdefault(case, Row(case, {})).times[line["contender"]] = Timing(*seconds)
+    report.rows = list(rows.values())
+    return report
 
 
-def details(rows):
-    """One line a row: time, bytes a second, ratios, and errors in units of rounding (eps)."""
-    peers, lines = peers_in(rows), []
-    for row in rows:
-        cells = [
-            f"{row.ratio(p):.2f}x" + (f", {row.errors[p]:.2g} eps" if row.errors[p] else "")
-            if p in row.seconds
-            else ""
-            for p in peers
-        ]
-        start = [row.layout, row.shape, row.dtype, row.operation, row.threads, OUTPUTS[row.output]]
-        mine = [time(row.seconds["fastbn"]), f"{row.speed('fastbn'):.3g}"]
-        error = f"{row.errors['fastbn']:.2g} eps"
-        ceiling = f"{row.ratio('ceiling'):.2f}" if "ceiling" in row.seconds else ""
-        lines.append([*start, *mine, ceiling, error, *cells])
-    header = ["layout", "x", "dtype", "operation", "threads", "output"]
-    header += ["fastbn", "GB/s", "/ ceiling", "error", *peers]
-    return table(header, lines)
+# What README.md says.
 
 
-def others_table(others):
-    lines = [
-        [f"{info['small']}, x of (64, 64)", info["contender"], time(info["seconds"])]
-        for info in others
-        if "small" in info
-    ] + [
+def readme_section(report):
+    """Return what stands between the marks."""
+    peers = report.peers
+    skipped = bench.header([]).index("threads")
+    table = [bench.header(TITLES[peer] for peer in peers)]
+    table += [bench.cells(line, peers) for line in chosen(report)]
+    for row in table:
+        del row[skipped]
+    return "\n\n".join(
         [
-            f"in turns with matmul of {info['size']} squared, {info['threads']} threads",
-            info["contender"],
-            f"{info['ratio_to_alone']:.2f} times the sum of both alone",
+            BEGIN,
+            f"float32 on {report.threads} threads; {report.machine}.",
+            markdown(table),
+            "A sum adds the times of that many of the 53 batch norms of a ResNet-50 at batch 32. "
+            "Of ceiling: 100 % is NumPy copying x (or adding two arrays) on as many threads. Other "
+            "libraries: how many times as long as fastbn they take; below 1 they are faster.",
+            "![How many times as long as copying each library takes](docs/speed.png)",
+            where_it_loses(report),
+            END,
         ]
-        for info in others
-        if "ratio_to_alone" in info
+    )
+
+
+def chosen(report):
+    """Return the lines of README's table, eight at most."""
+    wanted = [(operation, layout) for operation in PLAIN for layout in ("NCHW", "NHWC")]
+    wanted += [("forward_add_relu", "NCHW"), ("forward", "NC")]
+    return [
+        line
+        for line in report.lines
+        if line.case.family in ("ResNet-50", "one call")
+        and line.case.threads == report.threads
+        and (line.case.operation, line.case.layout) in wanted
     ]
-    return table(["small calls, and beside BLAS", "contender", "median"], lines) if lines else ""
 
 
-def conditions(runs):
-    about = []
-    for run in runs:
-        machine = run["machine_info"]
-        versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items())
-        about.append(
-            f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['cores']} cores, "
-            f"load average {machine['load_before']:.1f} before; "
-            f"Python {machine['python_version']}, {versions}; {run['datetime'][:10]}; "
-            f"commit {run['commit_info']['id'][:10]}; `{machine['command']}`"
+def where_it_loses(report):
+    """Say it in two sentences: to whom, and in which cases the ceiling is far."""
+    rows = [
+        row
+        for row in report.timed
+        if (row.case.dtype, row.case.threads) == ("float32", report.threads)
+        and "fastbn" in row.times
+    ]
+    lost, worst, compared = [], (1.0, ""), 0
+    for peer in report.peers:
+        ratios = {
+            row.case: row.times["fastbn"].median / row.times[peer].median
+            for row in rows
+            if peer in row.times
+        }
+        compared += len(ratios)
+        slower = sum(ratio > 1 for ratio in ratios.values())
+        if slower:
+            lost.append(f"to {TITLES[peer]} in {slower} of {len(ratios)}")
+            case = max(ratios, key=ratios.get)
+            worst = max(worst, (ratios[case], f"{TITLES[peer]}: {spoken(case)}"))
+    if lost:
+        first = (
+            f"Case by case, fastbn loses {', '.join(lost)}; at worst it takes {worst[0]:.2g} "
+            f"times as long ({worst[1]})."
         )
-    return "Measured on: " + "; and ".join(dict.fromkeys(about)) + "."
+    else:
+        first = f"Case by case, fastbn loses none of {compared} comparisons."
+    far = {
+        row.case: row.times["fastbn"].median / row.times["ceiling"].median
+        for row in rows
+        if "ceiling" in row.times and prod(row.case.shape) * 4 >= LARGE
+    }
+    case = max(far, key=far.get)
+    return (
+        f"{first} On arrays of 1 MB and more it is farthest from the ceiling in {spoken(case)}, "
+        f"with {far[case]:.2g} times its time."
+    )
 
 
-EXPLANATION = (
-    "The ceiling is `np.copyto` (for backward `np.add`) over the same bytes with the same number "
-    "of threads; GB/s count these bytes. Peers: how many times as long as fastbn they take; below "
-    "1 fastbn loses. `forward_relu` and so on are fused with ReLU, and with the addition of a "
-    "residual before it; `plain` is fastbn with nothing fused, torch takes the steps one by one. "
-    "CM is the course's (n_h, m). Means are geometric. Errors are the largest over the largest "
-    "value, in eps of the dtype."
-)
+def spoken(case):
+    operation = bench.NAMES.get(case.operation, case.operation)
+    return f"{operation} on {case.layout} {case.shape}"
 
 
-def save_size(rows, folder):
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4.5), sharey=True, layout="constrained")
-    threads = max(row.threads for row in rows)
-    for axis, operation in zip(axes, ["forward", "backward"], strict=True):
-        chosen = [
-            r for r in rows if (r.operation, r.threads, r.output) == (operation, threads, "out")
+def markdown(table):
+    header, *rows = table
+    marks = ["---" if i < 3 else "--:" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, marks, *rows])
+
+
+def put(readme, section):
+    before, rest = readme.split(BEGIN)
+    return before + section + rest.split(END)[1]
+
+
+# Pictures.
+
+
+def draw_lines(report, path):
+    """Draw README's table: time over the ceiling's, a row for each operation and layout."""
+    lines = [line for line in chosen(report) if "ceiling" in line.seconds]
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    axis.axvline(1, color=STYLES["ceiling"][0], lw=1, label="ceiling (copy or add)")
+    for name in ("fastbn", *report.peers):
+        points = [
+            (line.seconds[name] / line.seconds["ceiling"], place)
+            for place, line in enumerate(lines)
+            if name in line.seconds
         ]
-        for contender in COLOURS:
+        plot(axis, name, points, markersize=8)
+    named = (bench.cells(line, [])[:3] for line in lines)
+    labels = [f"{name} {over if over[:3] == 'one' else layout}" for name, layout, over in named]
+    axis.set_yticks(range(len(lines)), labels)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="times as long as the ceiling; further left is faster")
+    number_ticks(axis.xaxis)
+    finish(figure, [axis], path)
+
+
+def draw_sizes(report, operations, path):
+    """Draw GB/s over the size of x, a panel for each operation and layout."""
+    panels = [(operation, layout) for operation in operations for layout in ("NCHW", "NHWC")]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True, layout="constrained")
+    for axis, (operation, layout) in zip(axes, panels, strict=True):
+        rows = [
+            row
+            for row in report.timed
+            if (row.case.operation, row.case.layout, row.case.threads, row.case.dtype)
+            == (operation, layout, report.threads, "float32")
+        ]
+        rows.sort(key=lambda row: prod(row.case.shape))
+        for name in ("ceiling", "fastbn", *report.peers):
             points = [
-                (prod(r.shape) * 4 / 1e6, r.speed(contender))
-                for r in chosen
-                if contender in r.seconds
+                (prod(row.case.shape) * 4e-6, row.case.bytes / row.times[name].median / 1e9)
+                for row in rows
+                if name in row.times
             ]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    "o",
-                    ms=4,
-                    alpha=0.7,
-                    color=COLOURS[contender],
-                    label=contender,
-                )
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="size of x, MB",
-            title=f"{operation}, {threads} threads",
-        )
-        axis.grid(alpha=0.3)
+            plot(axis, name, points, markersize=7)
+        title = f"{bench.NAMES.get(operation, operation)}, {layout}, {report.threads} threads"
+        axis.set(xscale="log", yscale="log", xlabel="size of x, MB", title=title)
+        number_ticks(axis.xaxis)
+        number_ticks(axis.yaxis)
     axes[0].set_ylabel("GB/s read and written")
-    axes[0].legend()
-    save(figure, folder / "speed_against_size.png")
+    finish(figure, axes, path)
 
 
-def save_threads(rows, folder):
-    """Geometric means over all large images, where threads can help."""
-    figure, axes = plt.subplots(1, 3, figsize=(8, 4.5), sharey=True, layout="constrained")
-    for axis, operation in zip(axes, ["forward", "backward", "inference"], strict=True):
-        speeds = defaultdict(list)
-        for row in rows:
-            if row.operation == operation and row.output == "out" and row.family == "ResNet-50":
-                for contender in row.seconds:
-                    speeds[contender, row.threads].append(row.speed(contender))
-        threads = sorted({n for _, n in speeds})
-        for contender in COLOURS:
-            means = [
-                geometric_mean(speeds[contender, n]) for n in threads if (contender, n) in speeds
-            ]
-            if len(means) == len(threads) > 0:
-                axis.plot(threads, means, "o-", color=COLOURS[contender], label=contender)
-        axis.set(title=operation, xlabel="threads", xticks=threads)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("GB/s, geometric mean over ResNet-50")
-    axes[0].set_ylim(bottom=0)
-    axes[-1].legend()  # everyone has inference
-    save(figure, folder / "speed_against_threads.png")
-
-
-def save_errors(others, folder):
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for info in (info for info in others if "errors" in info):
-        means, errors = zip(*info["errors"], strict=True)
-        dashed = (info["contender"], info["layout"]) == ("torch", "NHWC")
-        label = f"{info['contender']}, channels-last" if dashed else info["contender"]
-        colour = COLOURS[info["contender"]]
-        axis.plot(means, errors, "o--" if dashed else "o-", color=colour, label=label)
+def draw_errors(report, path):
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    for (name, case), points in report.errors.items():
+        if len(points) == 1:
+            continue
+        other = (name, case.layout) == ("torch", "NHWC")
+        label = f"{TITLES[name]}, channels last" if other else TITLES[name]
+        line = "--" if other else "-"
+        plot(axis, name, points, linestyle=line, label=label, markersize=7)
     axis.set_xscale("symlog", linthresh=1)
     axis.set(yscale="log", xlabel="mean / standard deviation", ylabel="error of y, float32 eps")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save(figure, folder / "error_against_mean.png")
+    finish(figure, [axis], path)
 
 
-def save(figure, path):
+def number_ticks(logarithmic):
+    """Write 1, 2, 5, 10 and so on beside an axis."""
+    logarithmic.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    logarithmic.set_major_formatter("{x:g}")
+    logarithmic.set_minor_formatter(NullFormatter())
+
+
+def plot(axis, name, points, linestyle="", **options):
+    if points:
+        colour, marker = STYLES[name]
+        options = {
+            "label": TITLES[name],
+            "alpha": 0.85,
+            "mew": 2 if marker == "_" else 1,
+            **options,
+        }
+        axis.plot(*zip(*points, strict=True), marker, ls=linestyle, color=colour, **options)
+
+
+def finish(figure, axes, path):
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    shown = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
+# The pages.
+
+
+def write_pages(docs):
+    """Write the tables and pictures that docs/benchmarks.md includes into docs/bench/."""
+    report, folder = from_csv((docs / "benchmarks.csv").read_text()), docs / "bench"
+    folder.mkdir(exist_ok=True)
+    (folder / "machine.txt").write_text(f"Measured on {report.machine}.\n")
+    shown = [
+        line
+        for line in report.lines
+        if line.case.dtype == "float32"
+        and (line.case.family == "ResNet-50" or line.case.threads == report.threads)
+    ]
+    sections = {name: [name] for name in PLAIN} | {"fused": FUSED}
+    for name, operations in sections.items():
+        lines = [line for line in shown if line.case.operation in operations]
+        lines = [line for line in lines if line.case.family != "one call"]
+        write_table(folder / f"{name}.txt", lines, report.peers, first=name != "fused")
+        draw_sizes(
+            report, operations if name != "fused" else ["forward_add_relu"], folder / f"{name}.png"
+        )
+    calls = [line for line in shown if line.case.family == "one call"]
+    write_table(folder / "call.txt", calls, report.peers)
+    (folder / "blas.txt").write_text(markdown(beside_blas(report)) + "\n")
+    (folder / "errors.txt").write_text(markdown(errors(report)) + "\n")
+    draw_errors(report, folder / "error_against_mean.png")
+
+
+def write_table(path, lines, peers, first=False):
+    """Write a table; without its first column where that says the same in each line."""
+    peers = [peer for peer in peers if any(peer in line.seconds for line in lines)]
+    table = [bench.header(TITLES[peer] for peer in peers)]
+    table += [bench.cells(line, peers) for line in lines]
+    path.write_text(markdown([row[first:] for row in table]) + "\n")
+
+
+def errors(report):
+    """Return the table of errors by layout and number of threads."""
+    found = {}
+    for (name, case), points in report.errors.items():
+        if len(points) == 1:
+            found.setdefault(case, {})[name] = points[0][1]
+    names = [name for name in TITLES if any(name in each for each in found.values())]
+    table = [["layout", "x", "threads", *(TITLES[name] for name in names)]]
+    for case, each in found.items():
+        shown = (f"{float(f'{each[n]:.2g}'):,g} eps" if n in each else "" for n in names)
+        table.append([case.layout, str(case.shape), str(case.threads), *shown])
+    return table
+
+
+def beside_blas(report):
+    """Return the table of norms that take turns with a matrix product."""
+    times = {(row.case.operation, row.case.shape): row.times for row in report.rows}
+    table = [["size of the matrices", "library", "in turns, over one after the other"]]
+    for (operation, shape), turns in times.items():
+        if operation == "matmul_in_turns":
+            apart = times["matmul_apart", shape]
+            for name in turns:
+                ratio = turns[name].median / apart[name].median
+                table.append([f"{shape[0]} squared", TITLES[name], f"{ratio:.2f}"])
+    return table
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+", help="files that --benchmark-json has written")
-    root = Path(__file__).parents[1]
-    parser.add_argument("--root", type=Path, default=root, help="where README.md and docs/ are")
+    parser.add_argument("results", nargs="*", help="files that --benchmark-json has written")
+    parser.add_argument("--check", action="store_true", help="compare README.md with the CSV")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     arguments = parser.parse_args()
-    runs, rows, others = load(arguments.results)
-    docs = arguments.root / "docs"
+    if arguments.check == bool(arguments.results):
+        parser.error("expected a file of results, or --check")
+    table, readme = arguments.root / "docs" / "benchmarks.csv", arguments.root / "README.md"
+    if arguments.results:
+        report = Report()
+        for path in arguments.results:
+            load, cores = add_run(report, path)
+            refuse(bench.doubts(load, [], cores))
+        refuse(bench.doubts(nan, report.rows))
+        table.write_text(to_csv(report))
+        report = from_csv(table.read_text())
+        readme.write_text(put(readme.read_text(), readme_section(report)))
+        draw_lines(report, arguments.root / "docs" / "speed.png")
+        return
+    report = from_csv(table.read_text())
+    refuse(bench.doubts(nan, report.rows))
+    if put(readme.read_text(), readme_section(report)) != readme.read_text():
+        refuse(["README.md does not say what docs/benchmarks.csv holds: run bench/report.py"])
 
-    singles = [row for row in rows if row.dtype == "float32"]
-    threads = max(row.threads for row in rows)
-    compact = [row for row in singles if (row.output, row.threads) == ("out", threads)]
-    top = [EXPLANATION, summary(singles), network(singles), others_table(others)]
-    full = "\n\n".join(part for part in [*top, details(rows), conditions(runs)] if part)
-    (docs / "benchmarks.md").write_text(f"# Benchmarks\n\n{full}\n")
-    fold = f"<details><summary>Every shape, float32, `out=`, {threads} threads</summary>"
-    parts = [*top, fold, details(compact), "</details>", conditions(runs)]
 
-    readme = arguments.root / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    text = "\n\n".join(part for part in [BEGIN, *parts, END] if part)
-    readme.write_text(before + text + after)
-
-    save_size(singles, docs)
-    save_threads(singles, docs)
-    save_errors(others, docs)
+def refuse(reasons):
+    if reasons:
+        sys.exit("refused:\n" + "\n".join(f"- {reason}" for reason in reasons))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Forward, backward and inference: fastbn, its peers and the ceiling over all workloads.
+"""Each operation: fastbn, its peers and the ceiling.
 
 Some of it, or only some of the contenders::
 
@@ -8,78 +8,40 @@ Some of it, or only some of the contenders::
 
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
-from peers import PEERS
-from race import fastest, replay_clock
-from workloads import THREADS, WORKLOADS, Workload, data
+import selection
+from contenders import CONTENDERS
+from replay import replay_clock
 
-# Arrays read and written at least. The backward pass that has a residual writes two.
-MOVED = {
-    "forward": 2, "backward": 3, "inference": 2,
-    "forward_relu": 2, "backward_relu": 3, "forward_add_relu": 3, "backward_add_relu": 4,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Heat:
-    workload: Workload
-    operation: str
-    threads: int
-    output: str
-
-    def __str__(self):
-        return f"{self.operation}-{self.workload}-t{self.threads}-{self.output}"
-
-    def prepare(self, entry):
-        d = data(self.workload)
-        peer = PEERS[entry.contender](d, self.threads)
-        out = np.empty_like(d.x) if self.output == "out" else None
-        ways = getattr(peer, self.operation)(out)
-        errors = {}
-        for name, call in ways.items():
-            result = peer.array(call())
-            if result is not None:
-                errors[name] = d.error(self.operation, result)
-                assert errors[name] * d.eps < max(1e-2, 2 * d.eps), f"{entry}: wrong result"
-        way = fastest(ways)
-        return ways[way], {
-            "family": self.workload.family,
-            "layout": self.workload.layout,
-            "shape": self.workload.shape,
-            "dtype": self.workload.dtype,
-            "count": self.workload.count,
-            "operation": self.operation,
-            "threads": self.threads,
-            "output": self.output,
-            "contender": entry.contender,
-            "way": way,
-            "error_eps": errors.get(way),
-            "bytes": MOVED[self.operation] * d.x.nbytes,
-        }
+from fastbn.cli import bench
+from fastbn.cli.cases import Case
 
 
 @dataclass(frozen=True)
 class Entry:
-    heat: Heat
+    case: Case
     contender: str
 
     def __str__(self):
-        return f"{self.heat}-{self.contender}"
+        return f"{self.case}-{self.contender}"
+
+    def prepare(self):
+        return bench.prepare(self.case, CONTENDERS[self.contender])
 
 
-ENTRIES = [
-    Entry(Heat(workload, operation, threads, output), name)
-    for workload in WORKLOADS
-    for threads in THREADS
-    for operation in MOVED
-    for output in ("out", "fresh")
-    for name, peer in PEERS.items()
-    if peer.enters(workload, operation, output)
-]
+def pytest_generate_tests(metafunc):
+    full = metafunc.config.getoption("full")
+    cases = selection.everything() if full else selection.default()
+    cases.sort(key=lambda case: (case.layout, case.shape, case.dtype))  # which share their arrays
+    entries = [
+        Entry(case, name)
+        for case in cases
+        for name, contender in CONTENDERS.items()
+        if contender.enters(case)
+    ]
+    metafunc.parametrize("entry", entries, ids=str)
 
 
 @pytest.mark.benchmark(timer=replay_clock)
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_operation(entry, hand_over):
     hand_over(entry)
