@@ -5,10 +5,13 @@ from pathlib import Path
 
 import fastbn
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "bench")]
+import report
 from draw import draw
 
 draw()
+report.write_pages(HERE)
 
 project = author = "fastbn"
 release = fastbn.__version__
@@ -21,7 +24,7 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "drawn", "gallery"]
+exclude_patterns = ["_build", "bench", "drawn", "gallery"]
 
 # Docstrings put parameters and functions between single backticks. Sphinx links those that are
 # public names and sets the others as code.
