@@ -7,8 +7,8 @@ import fastbn
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "bench")]
-import report
-from draw import draw
+import report  # noqa: E402
+from draw import draw  # noqa: E402
 
 draw()
 report.write_pages(HERE)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(eq=False)
 class Handle:
-    """Takes back what was registered: `remove()` does so, and nothing if that has been done."""
+    """Takes back what was registered."""
 
-    remove: Callable[[], object]
+    def __init__(self, undo: Callable[[], object]) -> None:
+        self._undo = undo
+
+    def remove(self) -> None:
+        """Take back what was registered; do nothing if that has been done."""
+        self._undo()
 
 
 class HookList:

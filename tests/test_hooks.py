@@ -21,7 +21,7 @@ def test_remove_takes_one_registration_away_and_may_be_repeated():
     hooks = HookList()
     first = hooks.register(seen.append)
     hooks.register(seen.append)
-    first.remove()
+    assert first.remove() is None
     first.remove()
     hooks.run(1)
     assert seen == [1]
