@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from fastbn.demo import require
 
@@ -27,6 +27,8 @@ class Scale(ABC):
     A random search draws uniformly between the positions 0 and 1.
     """
 
+    optuna: ClassVar[str]  # Optuna's name of the kind: Float, Int or Categorical
+
     @abstractmethod
     def at(self, position: float) -> Any:
         """Return the value at a position from 0 to 1, exactly the bounds at 0 and 1."""
@@ -46,7 +48,7 @@ class Scale(ABC):
     @abstractmethod
     def __contains__(self, value: object) -> bool: ...
 
-    # What Optuna knows of it: a name of its own, a number there, a way to ask for one.
+    # Optuna has its own name of the hyper-parameter, its own value, and a distribution of them.
 
     def key(self, name: str) -> str:
         """Return Optuna's name of the hyper-parameter."""
@@ -60,13 +62,19 @@ class Scale(ABC):
         """Return our value for Optuna's."""
         return encoded
 
-    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of Optuna's distribution."""
+        return vars(self)
+
     def distribution(self) -> Any:
         """Return Optuna's distribution."""
+        distributions = require("optuna", "tune").distributions
+        return getattr(distributions, f"{self.optuna}Distribution")(**self.arguments())
 
-    @abstractmethod
     def suggest(self, trial: Trial, name: str) -> Any:
         """Let a trial of Optuna choose a value."""
+        suggest = getattr(trial, f"suggest_{self.optuna.lower()}")
+        return self.decode(suggest(self.key(name), **self.arguments()))
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Uniform(Scale):
 
     low: float
     high: float
+    optuna = "Float"
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
@@ -123,14 +132,6 @@ class Uniform(Scale):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and self.low <= value <= self.high  # type: ignore[operator]
 
-    def distribution(self) -> Any:
-        return require("optuna", "tune").distributions.FloatDistribution(self.low, self.high)
-
-    def suggest(self, trial: Trial, name: str) -> float:
-        theirs = self.distribution()
-        value = trial.suggest_float(self.key(name), theirs.low, theirs.high, log=theirs.log)
-        return float(self.decode(value))
-
 
 class LogUniform(Uniform):
     """See `log_uniform`."""
@@ -153,9 +154,8 @@ class LogUniform(Uniform):
         decades = {float(f"1e{exponent}") for exponent in range(first, last + 1)}
         return sorted({self.low, *decades, self.high})
 
-    def distribution(self) -> Any:
-        optuna = require("optuna", "tune")
-        return optuna.distributions.FloatDistribution(self.low, self.high, log=True)
+    def arguments(self) -> dict[str, Any]:
+        return {"low": self.low, "high": self.high, "log": True}
 
 
 class OneMinusLogUniform(Uniform):
@@ -194,9 +194,8 @@ class OneMinusLogUniform(Uniform):
                 return bound
         return min(max(1 - encoded, self.low), self.high)
 
-    def distribution(self) -> Any:
-        optuna = require("optuna", "tune")
-        return optuna.distributions.FloatDistribution(1 - self.high, 1 - self.low, log=True)
+    def arguments(self) -> dict[str, Any]:
+        return {"low": 1 - self.high, "high": 1 - self.low, "log": True}
 
 
 @dataclass(frozen=True)
@@ -205,6 +204,7 @@ class Integer(Scale):
 
     low: int
     high: int
+    optuna = "Int"
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
@@ -234,19 +234,13 @@ class Integer(Scale):
     def __contains__(self, value: object) -> bool:
         return type(value) is int and self.low <= value <= self.high
 
-    def distribution(self) -> Any:
-        return require("optuna", "tune").distributions.IntDistribution(self.low, self.high)
-
-    def suggest(self, trial: Trial, name: str) -> int:
-        value: int = trial.suggest_int(name, self.low, self.high)
-        return value
-
 
 @dataclass(frozen=True)
 class Choice(Scale):
     """See `choice`."""
 
     options: tuple[Value, ...]
+    optuna = "Categorical"
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -274,12 +268,8 @@ class Choice(Scale):
     def __contains__(self, value: object) -> bool:
         return value in self.options
 
-    def distribution(self) -> Any:
-        return require("optuna", "tune").distributions.CategoricalDistribution(self.options)
-
-    def suggest(self, trial: Trial, name: str) -> Value:
-        value: Value = trial.suggest_categorical(name, self.options)
-        return value
+    def arguments(self) -> dict[str, Any]:
+        return {"choices": self.options}
 
 
 def uniform(low: float, high: float) -> Scale:
