@@ -17,8 +17,14 @@ from tune_objectives import Logged, begun, content, killed, quiet, start, wait_u
 
 import fastbn
 from fastbn.demo import DemoError
+from fastbn.tune.search import opened
 
 optuna = pytest.importorskip("optuna")
+
+
+def environment():
+    """Return an environment in which another Python finds what this one finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def test_workers_share_the_threads_and_draw_what_one_would(tmp_path):
@@ -76,6 +82,29 @@ def test_an_error_of_the_objective_in_a_worker():
     with pytest.raises(DemoError, match=r"objective: ArithmeticError: no value for \d") as caught:
         quiet(wrong, trials=6, workers=2)
     assert "tune_objectives.py" in caught.value.__notes__[0]
+
+
+PARENT = """
+import sys
+from tune_objectives import Logged, space
+from fastbn.tune import search
+log, storage = sys.argv[1:]
+if __name__ == "__main__":
+    search(Logged(log, processes=3), space, workers=2, storage=storage, progress=False)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_workers_end_in_order_when_their_parent_is_killed(tmp_path):
+    log, storage = tmp_path / "log", str(tmp_path / "journal")
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, log, storage], env=environment())
+    with parent:
+        wait_until(lambda: len(begun(log)) == 2)
+        parent.kill()
+    with opened(storage) as shared:
+        study = optuna.load_study(storage=shared, study_name="study 1")
+        wait_until(lambda: [t.state.name for t in study.trials] == ["FAIL", "FAIL"])
+        assert all(t.user_attrs["released"] for t in study.trials)
 
 
 COMMAND = """
@@ -149,7 +178,6 @@ def postgresql(folder):
 @pytest.mark.parametrize("storage", [journal, sqlite, grpc, postgresql])
 def test_two_commands_share_a_study(storage, tmp_path):
     log = tmp_path / "log"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with storage(tmp_path) as url:
         pair = [
             subprocess.Popen(
@@ -157,7 +185,7 @@ def test_two_commands_share_a_study(storage, tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=environment,
+                env=environment(),
             )
             for _ in range(2)
         ]

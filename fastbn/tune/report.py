@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from operator import methodcaller
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fastbn.demo import require
 from fastbn.demo.files import write_atomically
@@ -48,12 +49,8 @@ def write(
     files = []
     for name, content in _contents(result, best, label):
         files.append(folder / name)
-        write_atomically(files[-1], _writer(content), option="--out")
+        write_atomically(files[-1], methodcaller("write", content), option="--out")
     return files
-
-
-def _writer(content: bytes) -> Callable[[IO[bytes]], object]:
-    return lambda file: file.write(content)
 
 
 def _contents(result: Result, best: Mapping[str, Any], label: str) -> Iterator[tuple[str, bytes]]:
@@ -71,13 +68,13 @@ def _contents(result: Result, best: Mapping[str, Any], label: str) -> Iterator[t
 def table(result: Result) -> str:
     """Return all trials as CSV."""
     file = io.StringIO()
-    names = [name for tier in result.tiers for name in tier]
-    writer = csv.writer(file, lineterminator="\n")
-    head = ("number", "round", "state", "value", "steps", "seconds", "worker", "attempts")
-    writer.writerow([*head, *(f"params_{name}" for name in names)])
+    head = ["number", "round", "state", "value", "steps", "seconds", "worker", "attempts"]
+    head += [f"params_{name}" for tier in result.tiers for name in tier]
+    writer = csv.DictWriter(file, head, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for r in result.trials:
-        row = r.number, r.round, r.state, r.value, len(r.steps), r.seconds, r.worker, r.attempts
-        writer.writerow([*row, *(r.params.get(name) for name in names)])
+        params = {f"params_{name}": value for name, value in r.params.items()}
+        writer.writerow({**vars(r), **params, "steps": len(r.steps)})
     return file.getvalue()
 
 
@@ -129,10 +126,10 @@ def slices(result: Result, label: str) -> Any:
     rows = math.ceil(len(scales) / columns)
     figure, cells = _figure(rows, columns, (4 * columns, 3.2 * rows))
     for axes, (name, scale) in zip(cells, scales.items(), strict=False):
-        _on_scale(axes, scale)
+        _on_scale(axes, scale, name)
         _points(axes, result, name)
         axes.plot(scale.position(result.best[name]), result.value, "*", color="C3", markersize=12)
-        axes.set(xlabel=name, ylabel=label)
+        axes.set_ylabel(label)
     for axes in cells[len(scales) :]:
         axes.remove()
     _legend(figure, cells[0])
@@ -162,7 +159,7 @@ def why_scales(result: Result, label: str) -> Any:  # noqa: ARG001
     None if no scale differs from a linear one.
     """
     curved = (LogUniform, OneMinusLogUniform)
-    scales = {n: s for n, s in result.boxes[0].items() if isinstance(s, curved)}
+    scales: dict[str, Any] = {n: s for n, s in result.boxes[0].items() if isinstance(s, curved)}
     if not scales:
         return None
     count = len(result.trials)
@@ -171,19 +168,16 @@ def why_scales(result: Result, label: str) -> Any:  # noqa: ARG001
     figure, cells = _figure(len(scales), 1, (7, 2.2 * len(scales)))
     for axes, (name, scale) in zip(cells, scales.items(), strict=True):
         linear = [scale.position(uniform(scale.low, scale.high).at(u)) for u in draws]
-        start, end = (side(scale.position(r.params[name]) for r in few) for side in (min, max))
-        hits = [sum(start <= u <= end for u in drawn) for drawn in (draws, linear)]
-        axes.set_title(
-            f"{name}: the best {len(few)} lie from {shown(scale.at(start))} to"
-            f" {shown(scale.at(end))}; there fall\n"
-            f"{hits[0]} of {count} trials of this scale, {hits[1]} of a linear one",
-            fontsize=9,
-        )
+        at = [scale.position(r.params[name]) for r in few]
+        ours, theirs = (sum(min(at) <= u <= max(at) for u in drawn) for drawn in (draws, linear))
+        low, high = shown(scale.at(min(at))), shown(scale.at(max(at)))
+        where = f"{name}: the best {len(few)} lie from {low} to {high}; there fall"
+        hits = f"{ours} of {count} trials of this scale, {theirs} of a linear one"
+        axes.set_title(f"{where}\n{hits}", fontsize=9)
         axes.eventplot([draws, linear], colors=["C0", "C1"], linelengths=0.6)
-        axes.axvspan(start, end, color="C2", alpha=0.15, linewidth=0)
+        axes.axvspan(min(at), max(at), color="C2", alpha=0.15, linewidth=0)
         axes.set_yticks([0, 1], ["this scale", "linear scale"])
-        axes.set_xlabel(name)
-        _on_scale(axes, scale)
+        _on_scale(axes, scale, name)
     return figure
 
 
@@ -204,18 +198,16 @@ def _points(axes: Any, result: Result, name: str = "") -> None:
     Dots by round, hollow if stopped early; crosses on top if infinite.
     """
     seen = [r for r in result.trials if r.value is not None]
+    scale: Any = result.boxes[0].get(name)
     for r in seen:
-        x = result.boxes[0][name].position(r.params[name]) if name else r.number
-        color = f"C{r.round - 1}"
+        x = scale.position(r.params[name]) if scale else r.number
         if math.isinf(r.sort_value):
             top = axes.get_xaxis_transform()  # 1 is the upper edge
             axes.plot(x, 0.97, "x", color="0.3", transform=top, label="infinite")
-        elif r.state == "pruned":
-            axes.plot(
-                x, r.value, "o", color=color, mfc="none", label=f"round {r.round}, stopped early"
-            )
         else:
-            axes.plot(x, r.value, "o", color=color, label=f"round {r.round}")
+            face, more = ("none", ", stopped early") if r.state == "pruned" else (None, "")
+            color, label = f"C{r.round - 1}", f"round {r.round}{more}"
+            axes.plot(x, r.value, "o", color=color, markerfacecolor=face, label=label)
     if all(r.sort_value > 0 for r in seen):
         axes.set_yscale("log")
 
@@ -227,8 +219,8 @@ def _legend(figure: Any, axes: Any) -> None:
     figure.legend(once.values(), once, loc="outside lower center", ncols=3, fontsize=8)
 
 
-def _on_scale(axes: Any, scale: Scale) -> None:
+def _on_scale(axes: Any, scale: Scale, name: str) -> None:
     """Let an axis run along a scale, from its position 0 to 1."""
     ticks = scale.ticks()
     axes.set_xticks([scale.position(value) for value in ticks], [shown(value) for value in ticks])
-    axes.set_xlim(-0.04, 1.04)
+    axes.set(xlim=(-0.04, 1.04), xlabel=name)

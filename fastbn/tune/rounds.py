@@ -70,8 +70,8 @@ class Plan:
             known = f"{function.__module__}:{function.__qualname__}"
         # The module of a script has another name where a worker imports it.
         known = known.removeprefix("__main__:").removeprefix("__mp_main__:")
-        others = ("space", "held", "start", "trials", "rounds", "sampler", "prune", "seed")
-        return {"objective": known, **{name: repr(getattr(self, name)) for name in others}}
+        others = {name: repr(value) for name, value in vars(self).items() if name != "study"}
+        return {**others, "objective": known}
 
 
 @dataclass(frozen=True)
@@ -165,29 +165,25 @@ class Round:
         known = self.study.user_attrs["plan"]
         for key, value in about.items():
             if known.get(key) != value:
-                raise DemoError(
-                    f"{key}: expected {known.get(key)} as in the study {self.plan.study!r},"
-                    f" got {value}; another name makes another study"
-                )
+                expected = f"{key}: expected {known.get(key)} as in the study {self.plan.study!r}"
+                raise DemoError(f"{expected}, got {value}; another name makes another study")
 
     def _carried(self, record: Record) -> FrozenTrial:
         """Return a finished trial of an earlier round, for the samplers and the pruner."""
+        steps = dict(enumerate(record.steps, 1))
+        # As SuccessiveHalvingPruner notes it, so that new trials compete with this one.
+        notes = {f"completed_rung_{k}": steps[step] for k, step in enumerate(rungs(len(steps)))}
         return self.optuna.create_trial(
-            value=record.value,
-            intermediate_values=dict(enumerate(record.steps, 1)),
-            user_attrs={"carried": record.number},
-            system_attrs={
-                # As SuccessiveHalvingPruner notes it, so that new trials compete with this one.
-                f"completed_rung_{rung}": record.steps[step - 1]
-                for rung, step in enumerate(rungs(len(record.steps)))
-            },
-            **self._encoded(record.params),
-        )
+            value=record.value, intermediate_values=steps, user_attrs={"carried": record.number},
+            system_attrs=notes, **self._encoded(record.params),
+        )  # fmt: skip
 
     def _encoded(self, params: Params) -> dict[str, Any]:
+        """Return arguments of Optuna's `create_trial`."""
+        known = {name: scale for name, scale in self.box.items() if name in params}
         return {
-            "params": {s.key(n): s.encode(params[n]) for n, s in self.box.items()},
-            "distributions": {s.key(n): s.distribution() for n, s in self.box.items()},
+            "params": {s.key(name): s.encode(params[name]) for name, s in known.items()},
+            "distributions": {s.key(name): s.distribution() for name, s in known.items()},
         }
 
     def _slots(self) -> dict[int, tuple[FrozenTrial | None, list[FrozenTrial]]]:
@@ -196,7 +192,7 @@ class Round:
         failed: dict[int, list[FrozenTrial]] = {number: [] for number in self.numbers}
         for trial in self.study.get_trials(deepcopy=False):
             number = trial.user_attrs.get("slot")
-            if number is None or trial.state == self.states.WAITING:
+            if number not in failed or trial.state == self.states.WAITING:
                 continue
             if trial.state != self.states.FAIL:
                 counting.setdefault(number, trial)
@@ -210,48 +206,37 @@ class Round:
 
     def _record(self, number: int, trial: FrozenTrial | None, failed: list[FrozenTrial]) -> Record:
         attempts = len(failed) + bool(trial)
-        state = trial.state.name.lower() if trial else "waiting"
-        if trial is None and _given_up(failed):
-            trial, state = failed[-1], "failed"
-        if trial is None:
-            return Record(number, self.index + 1, state, attempts=attempts)
-        params = {n: s.decode(trial.params[s.key(n)]) for n, s in self.box.items()
-                  if s.key(n) in trial.params}  # fmt: skip
-        return Record(
-            number,
-            self.index + 1,
-            state,
-            params={**self.plan.held, **params},
-            value=trial.value,
-            steps=[trial.intermediate_values[step] for step in sorted(trial.intermediate_values)],
-            seconds=trial.duration.total_seconds() if trial.duration else None,
-            worker=trial.user_attrs.get("worker", ""),
-            attempts=attempts,
-        )
+        state = trial.state.name.lower() if trial else "failed"
+        if trial is None and not _given_up(failed):
+            return Record(number, self.index + 1, "waiting", attempts=attempts)
+        trial = trial or failed[-1]
+        drawn = {n: s.decode(trial.params[s.key(n)]) for n, s in self.box.items()
+                 if s.key(n) in trial.params}  # fmt: skip
+        steps = [value for _, value in sorted(trial.intermediate_values.items())]
+        seconds = trial.duration.total_seconds() if trial.duration else None
+        return Record(number, self.index + 1, state, {**self.plan.held, **drawn}, trial.value,
+                      steps, seconds, trial.user_attrs.get("worker", ""), attempts)  # fmt: skip
 
     def claim(self, worker: str) -> Trial | None:
         """Take an open slot, if there is one."""
         choose: Callable[[list[int]], int] = min
         while True:
             slots = self._slots()
-            open_slots = [n for n, (trial, failed) in slots.items()
-                          if trial is None and not _given_up(failed)]  # fmt: skip
-            if not open_slots:
+            empty = [
+                n for n, (trial, failed) in slots.items() if not trial and not _given_up(failed)
+            ]
+            if not empty:
                 return None
-            number = choose(open_slots)
-            content: dict[str, Any] = {}
-            if begun := [trial for trial in slots[number][1] if trial.params]:
-                content = {"params": begun[-1].params, "distributions": begun[-1].distributions}
-            elif number == 0 and self.plan.start:
-                content = self._encoded(self.plan.start)
-            mine = self.storage.create_new_trial(
-                self.study._study_id,
-                self.optuna.create_trial(
-                    state=self.states.RUNNING,
-                    user_attrs={"slot": number, "worker": worker},
-                    **content,
-                ),
+            number = choose(empty)
+            content = self._encoded(self.plan.start if number == 0 else {})
+            for before in slots[number][1]:
+                if before.params:
+                    content = {"params": before.params, "distributions": before.distributions}
+            attributes = {"slot": number, "worker": worker}
+            template = self.optuna.create_trial(
+                state=self.states.RUNNING, user_attrs=attributes, **content
             )
+            mine = self.storage.create_new_trial(self.study._study_id, template)
             counts = self._slots()[number][0]
             if counts is not None and counts._trial_id == mine:
                 self.study.sampler = self._sampler(number)
@@ -263,15 +248,15 @@ class Round:
         """Return a sampler with random numbers of the slot's own."""
         seed = int(np.random.SeedSequence([self.plan.seed, number]).generate_state(1)[0])
         samplers = self.optuna.samplers
-        at_random = samplers.RandomSampler(seed)
         if self.plan.sampler == "tpe":
             # Trials that still run count as bad, so that workers do not crowd.
             return samplers.TPESampler(seed=seed, constant_liar=True)
-        if self.plan.sampler == "cmaes":
-            return samplers.CmaEsSampler(
-                seed=seed, independent_sampler=at_random, warn_independent_sampling=False
-            )
-        return at_random
+        at_random = samplers.RandomSampler(seed)
+        if self.plan.sampler == "random":
+            return at_random
+        return samplers.CmaEsSampler(
+            seed=seed, independent_sampler=at_random, warn_independent_sampling=False
+        )
 
     def run(self, trial: Trial, tick: Callable[[], object]) -> None:
         """Run the objective of a claimed trial; a tick follows each value that it yields.
@@ -313,9 +298,8 @@ class Round:
         at = rungs(max((trial.last_step or 0 for trial in complete), default=0))
         if step not in at:
             return False
-        self.study.pruner = self.optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=at[0], reduction_factor=2
-        )
+        halving = self.optuna.pruners.SuccessiveHalvingPruner
+        self.study.pruner = halving(min_resource=at[0], reduction_factor=2)
         return bool(trial.should_prune())
 
     # Optuna's heartbeats and its callback for retries work with relational databases only. These
@@ -366,9 +350,7 @@ class Round:
         counts as a second at most: this process may have slept as long as the one it watches.
         """
         now = time.monotonic()
-        for trial, _ in self._slots().values():
-            if trial is None or trial.state != self.states.RUNNING:
-                continue
+        for trial in self.study.get_trials(deepcopy=False, states=(self.states.RUNNING,)):
             beat = trial.user_attrs.get("beat")
             last, at, waited = self._beats.get(trial._trial_id, (beat, now, 0.0))
             waited = waited + min(now - at, 1.0) if beat == last else 0.0

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -26,18 +27,7 @@ from typing import TYPE_CHECKING
 import fastbn
 from fastbn.demo import DemoError, require
 from fastbn.demo.files import one_line
-from fastbn.tune.importance import importances
-from fastbn.tune.rounds import (
-    ATTEMPTS,
-    POLL,
-    SAMPLERS,
-    Box,
-    Objective,
-    Plan,
-    Record,
-    Search,
-    ranked,
-)
+from fastbn.tune.rounds import ATTEMPTS, POLL, SAMPLERS, Objective, Plan, Record, Search, ranked
 from fastbn.tune.show import show
 from fastbn.tune.space import Params, Scale, Space, Value, tiers_of
 
@@ -67,19 +57,42 @@ class Result:
     boxes : list of dict
         The part of the space that each round searched; without what was held.
     importances : dict
-        How much of the order of the trials each tuned hyper-parameter explains (fANOVA over ranks).
+        How much of the order of the trials each tuned hyper-parameter explains: functional analysis
+        of variance over the ranks of the values, as a few trials that diverged would else explain
+        everything. Trials that were stopped count with their last value. The shares add up to 1;
+        where there are no differences to explain there are none.
+
+    References
+    ----------
+    Hutter, Hoos, Leyton-Brown, An efficient approach for assessing hyperparameter importance,
+    ICML 2014.
     """
 
     best: Params
     value: float
     trials: list[Record]
     tiers: list[dict[str, Scale]]
-    boxes: list[Box]
+    boxes: list[Mapping[str, Scale]]
 
     @cached_property
     def importances(self) -> dict[str, float]:  # noqa: D102
+        optuna = require("optuna", "tune")
+        scales = self.boxes[0]
+        seen = [record for record in self.trials if record.value is not None]
+        order = sorted({record.sort_value for record in seen})
+        if len(order) < 2:
+            return {}
         with _quiet():
-            return importances(self.trials, self.boxes[0])
+            warnings.simplefilter("ignore")  # about trees of few trials
+            study = optuna.create_study()
+            kinds = {name: scale.distribution() for name, scale in scales.items()}
+            for record in seen:
+                rank = float(order.index(record.sort_value))
+                params = {name: scale.encode(record.params[name]) for name, scale in scales.items()}
+                study.add_trial(optuna.create_trial(value=rank, params=params, distributions=kinds))
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        return {name: float(found.get(name, 0.0)) for name in scales}
 
 
 def search(
@@ -296,7 +309,7 @@ def _here() -> str:
 def _work(plan: Plan, url: str | None, name: str, failure: Connection) -> None:
     """Be a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it ends its trial in order
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         with _quiet(), opened(url) as storage:
@@ -308,14 +321,8 @@ def _work(plan: Plan, url: str | None, name: str, failure: Connection) -> None:
         failure.send((text, traceback.format_exc()))
 
 
-def _end(number: int, frame: object) -> None:  # noqa: ARG001
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(1)
-
-
 def _end_with_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -325,9 +332,8 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
     try:
         pickle.dumps(search.plan)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
-        raise DemoError(
-            f"objective: expected a function of a module, for {workers} workers: {one_line(error)}"
-        ) from error
+        expected = f"expected a function of a module, for {workers} workers"
+        raise DemoError(f"objective: {expected}: {one_line(error)}") from error
     context = multiprocessing.get_context("spawn")
     here, started, idle_deaths = _here(), itertools.count(), 0
     alive: dict[SpawnProcess, Connection] = {}
@@ -336,9 +342,8 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
             while len(alive) < workers:
                 name = f"{here}-{next(started)}"
                 failure, sender = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_work, args=(search.plan, url, name, sender), name=name
-                )
+                plan = (search.plan, url, name, sender)
+                process = context.Process(target=_work, args=plan, name=name)
                 with _divided(workers), sender:
                     process.start()
                 alive[process] = failure
@@ -354,15 +359,13 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
                 worked = [each.release(process.name, "lost") for each in search.rounds]
                 idle_deaths = 0 if any(worked) or process.exitcode == 0 else idle_deaths + 1
                 if idle_deaths == ATTEMPTS:
-                    raise DemoError(
-                        f"workers: {ATTEMPTS} ended before their first trial, the last with exit"
-                        f" code {process.exitcode}; is the search started from a file,"
-                        ' under `if __name__ == "__main__":`?'
-                    )
+                    ended = f"{ATTEMPTS} ended before their first trial, the last with exit code"
+                    guard = 'started from a file, under `if __name__ == "__main__":`?'
+                    raise DemoError(f"workers: {ended} {process.exitcode}; is the search {guard}")
         tick()
     except BaseException:
         for process in alive:
-            process.terminate()  # it then ends its trial in order
+            process.terminate()
         for process in alive:
             process.join(SECONDS_TO_END)
             process.kill()

@@ -61,16 +61,12 @@ def _table(records: Sequence[Record], title: str) -> Any:
     best = ranked(records)[:1]
     rows = {record.number: record for record in [*best, *running, *finished]}
     for record in list(rows.values())[: ROWS + len(running)]:
-        value = record.steps[-1] if record.steps and record.value is None else record.value
-        table.add_row(
-            str(record.number),
-            str(record.round),
-            "best" if record in best else record.state,
-            "" if value is None else f"{value:.4g}",
-            str(len(record.steps) or ""),
-            *(shown(record.params.get(name, "")) for name in names),
-            style="bold" if record in best else None,
-        )
+        state, style = ("best", "bold") if record in best else (record.state, None)
+        last = record.steps[-1] if record.steps else ""
+        value = last if record.value is None else record.value
+        params = (record.params.get(name, "") for name in names)
+        cells = (record.number, record.round, state, value, len(record.steps) or "", *params)
+        table.add_row(*map(shown, cells), style=style)
     return table
 
 

@@ -37,9 +37,9 @@ class Scale(ABC):
     def position(self, value: Any) -> float:
         """Return where a value lies, from 0 to 1: the inverse of `at`."""
 
-    @abstractmethod
     def ticks(self) -> list[Any]:
         """Return a few values to label an axis with."""
+        return list(dict.fromkeys(self.at(k / 4) for k in range(5)))
 
     @abstractmethod
     def zoom(self, values: Iterable[Any], box: Any) -> Scale:
@@ -84,6 +84,8 @@ class Uniform(Scale):
     low: float
     high: float
     optuna = "Float"
+    forth: ClassVar[Any] = staticmethod(float)  # a function to where the values are uniform
+    back: ClassVar[Any] = staticmethod(float)
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
@@ -96,37 +98,26 @@ class Uniform(Scale):
         if not self.low < self.high:
             raise ValueError(f"high: expected a number above low = {self.low:g}, got {self.high:g}")
 
-    @staticmethod
-    def _forth(value: float) -> float:
-        return value
-
-    @staticmethod
-    def _back(r: float) -> float:
-        return r
-
     def at(self, position: float) -> float:
         if position in (0, 1):  # the way there and back would round
             return self.high if position else self.low
-        start, end = self._forth(self.low), self._forth(self.high)
-        return min(max(self._back(start + position * (end - start)), self.low), self.high)
+        start, end = self.forth(self.low), self.forth(self.high)
+        value = float(self.back(start + position * (end - start)))
+        return min(max(value, self.low), self.high)
 
     def position(self, value: float) -> float:
         if value in (self.low, self.high):
             return float(value == self.high)
-        start, end = self._forth(self.low), self._forth(self.high)
-        return min(max((self._forth(value) - start) / (end - start), 0.0), 1.0)
-
-    def ticks(self) -> list[float]:
-        return [float(f"{self.low + (self.high - self.low) * k / 4:.3g}") for k in range(5)]
+        start, end = self.forth(self.low), self.forth(self.high)
+        position = float((self.forth(value) - start) / (end - start))
+        return min(max(position, 0.0), 1.0)
 
     def zoom(self, values: Iterable[float], box: Uniform) -> Uniform:
-        values = list(values)
-        margin = MARGIN * (self.position(box.high) - self.position(box.low))
+        values, margin = list(values), MARGIN * (self.position(box.high) - self.position(box.low))
         low, high = min(values), max(values)
-        return type(self)(
-            min(self.at(max(self.position(low) - margin, 0)), low),
-            max(self.at(min(self.position(high) + margin, 1)), high),
-        )
+        below = self.at(max(self.position(low) - margin, 0))
+        above = self.at(min(self.position(high) + margin, 1))
+        return type(self)(min(below, low), max(above, high))
 
     def __contains__(self, value: object) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -136,23 +127,13 @@ class Uniform(Scale):
 class LogUniform(Uniform):
     """See `log_uniform`."""
 
+    forth = staticmethod(math.log10)
+    back = staticmethod(lambda r: 10.0**r)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.low <= 0:
             raise ValueError(f"low: expected a number above 0, got {self.low:g}")
-
-    @staticmethod
-    def _forth(value: float) -> float:
-        return math.log10(value)
-
-    @staticmethod
-    def _back(r: float) -> float:
-        return float(10**r)
-
-    def ticks(self) -> list[float]:
-        first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-        decades = {float(f"1e{exponent}") for exponent in range(first, last + 1)}
-        return sorted({self.low, *decades, self.high})
 
     def arguments(self) -> dict[str, Any]:
         return {"low": self.low, "high": self.high, "log": True}
@@ -161,24 +142,15 @@ class LogUniform(Uniform):
 class OneMinusLogUniform(Uniform):
     """See `one_minus_log_uniform`."""
 
+    forth = staticmethod(lambda value: math.log10(1 - value))
+    back = staticmethod(lambda r: 1 - 10.0**r)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.low < 0:
             raise ValueError(f"low: expected a number from 0, got {self.low:g}")
         if self.high >= 1:
             raise ValueError(f"high: expected a number below 1, got {self.high:g}")
-
-    @staticmethod
-    def _forth(value: float) -> float:
-        return math.log10(1 - value)
-
-    @staticmethod
-    def _back(r: float) -> float:
-        return float(1 - 10**r)
-
-    def ticks(self) -> list[float]:
-        nines = [float(f"0.{'9' * count}") for count in range(1, 8)]
-        return sorted({self.low, *(n for n in nines if self.low <= n <= self.high), self.high})
 
     # Optuna has no such distribution, but 1 - value it can draw.
 
@@ -219,17 +191,10 @@ class Integer(Scale):
     def position(self, value: int) -> float:
         return min(max((value - self.low) / (self.high - self.low or 1), 0.0), 1.0)
 
-    def ticks(self) -> list[int]:
-        step = max(1, round((self.high - self.low) / 5))
-        return list(range(self.low, self.high + 1, step))
-
     def zoom(self, values: Iterable[int], box: Integer) -> Integer:
-        values = list(values)
-        margin = MARGIN * (box.high - box.low + 1)
-        return Integer(
-            max(math.ceil(min(values) - margin), self.low),
-            min(math.floor(max(values) + margin), self.high),
-        )
+        values, margin = list(values), MARGIN * (box.high - box.low + 1)
+        low, high = math.ceil(min(values) - margin), math.floor(max(values) + margin)
+        return Integer(max(low, self.low), min(high, self.high))
 
     def __contains__(self, value: object) -> bool:
         return type(value) is int and self.low <= value <= self.high
@@ -408,9 +373,8 @@ def tiers_of(space: Space) -> list[dict[str, Scale]]:
             if not isinstance(name, str) or not name:
                 raise TypeError(f"space: expected names as keys, got {name!r}")
             if not isinstance(scale, Scale):
-                raise TypeError(
-                    f"space: {name}: expected a scale like log_uniform(1e-4, 1), got {scale!r}"
-                )
+                expected = f"space: {name}: expected a scale like log_uniform(1e-4, 1)"
+                raise TypeError(f"{expected}, got {scale!r}")
             if name in seen:
                 raise ValueError(f"space: expected each name once, got {name!r} in two tiers")
             seen.add(name)
