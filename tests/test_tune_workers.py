@@ -169,7 +169,9 @@ def postgresql(folder):
                         break
                 else:
                     pytest.fail("the PostgreSQL server did not start")
-                threading.Thread(target=process.stderr.read).start()  # lest it waits for a reader
+                threading.Thread(
+                    target=process.stderr.read
+                ).start()  # so that it never waits for a reader
                 yield f"postgresql://tune@/postgres?host={name}"
             finally:
                 process.send_signal(signal.SIGINT)

@@ -10,14 +10,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastbn.demo import DemoError, require
+from fastbn.demo import DemoError
 from fastbn.demo.data import load
-from fastbn.demo.train import OPTIMIZER, Config, DivergedError, Trainer, configure
+from fastbn.demo.train import OPTIMIZER, Config, DivergedError, Trainer, configure, one_blas_thread
 from fastbn.tune.space import Params, Scale, choice, integer, log_uniform, one_minus_log_uniform
 from fastbn.tune.space import uniform as even
 
-# So many networks, different in their random numbers only, are trained for a trial: the loss of a
-# single one tells as much about its seed.
+# A trial trains this many networks, which differ in their random numbers only: the loss of a single
+# one tells as much about its seed as about its hyper-parameters.
 REPEATS = 5
 # Tuned only when asked for.
 OF_ADAM = {
@@ -147,7 +147,6 @@ def test_accuracies(config: Config) -> list[float]:
 
 
 def _train_epoch(trainer: Trainer) -> dict[str, float]:
-    # One BLAS thread, as `Trainer.run` has it, for the same bits.
-    with require("threadpoolctl").threadpool_limits(1, user_api="blas"):
+    with one_blas_thread():  # as `Trainer.run` has it, for the same bits
         trainer.history.append(trainer.train_epoch())
     return trainer.history[-1]

@@ -158,7 +158,7 @@ class Round:
             self.study = self.optuna.load_study(storage=self.storage, study_name=name)
             end = time.monotonic() + GRACE
             while "plan" not in self.study.user_attrs and time.monotonic() < end:
-                time.sleep(POLL)  # whoever created it is about to write it
+                time.sleep(POLL)  # its creator is about to write it
         about = self.plan.about()
         if "plan" not in self.study.user_attrs:
             self.study.set_user_attr("plan", about)

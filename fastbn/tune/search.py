@@ -34,7 +34,7 @@ from fastbn.tune.space import Params, Scale, Space, Value, tiers_of
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-# A tier is tuned if there are so many trials for each of its and the earlier hyper-parameters.
+# A tier is tuned if there are this many trials for each hyper-parameter up to and with it.
 TRIALS_EACH = 6
 THREADS = ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 SECONDS_TO_END = 10  # for a worker that is told to end
@@ -57,10 +57,10 @@ class Result:
     boxes : list of dict
         The part of the space that each round searched; without what was held.
     importances : dict
-        How much of the order of the trials each tuned hyper-parameter explains: functional analysis
-        of variance over the ranks of the values, as a few trials that diverged would else explain
-        everything. Trials that were stopped count with their last value. The shares add up to 1;
-        where there are no differences to explain there are none.
+        How much of the order of the trials each tuned hyper-parameter explains. This is a
+        functional analysis of variance over the ranks of the values: over the values themselves, a
+        few trials that diverged would explain everything. Trials that were stopped count with their
+        last value. The shares add up to 1. The dict is empty where all values are the same.
 
     References
     ----------
@@ -83,7 +83,7 @@ class Result:
         if len(order) < 2:
             return {}
         with _quiet():
-            warnings.simplefilter("ignore")  # about trees of few trials
+            warnings.simplefilter("ignore")  # it warns of trees with few trials
             study = optuna.create_study()
             kinds = {name: scale.distribution() for name, scale in scales.items()}
             for record in seen:
@@ -259,7 +259,7 @@ def opened(url: str | None) -> Iterator[BaseStorage]:
             storage = _open(url, stack)
         except DemoError:
             raise
-        except Exception as error:  # each kind of storage has its own ones
+        except Exception as error:  # each kind of storage has its own errors
             why = (str(error).splitlines() or [type(error).__name__])[0]  # the SQL stands below
             raise DemoError(f"storage: {url}: cannot be used: {why}") from error
         yield storage
@@ -308,7 +308,7 @@ def _here() -> str:
 
 def _work(plan: Plan, url: str | None, name: str, failure: Connection) -> None:
     """Be a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, and ends us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it ends its trial in order
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
@@ -336,7 +336,7 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
         raise DemoError(f"objective: {expected}: {one_line(error)}") from error
     context = multiprocessing.get_context("spawn")
     here, started, idle_deaths = _here(), itertools.count(), 0
-    alive: dict[SpawnProcess, Connection] = {}
+    alive: dict[Connection, SpawnProcess] = {}
     try:
         while current := search.current():
             while len(alive) < workers:
@@ -346,16 +346,19 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
                 process = context.Process(target=_work, args=plan, name=name)
                 with _divided(workers), sender:
                     process.start()
-                alive[process] = failure
+                alive[failure] = process
             tick()
-            wait([process.sentinel for process in alive], timeout=POLL)
+            ready = wait(list(alive), timeout=POLL)
             current.tend()
-            for process in [each for each in alive if not each.is_alive()]:
-                with alive.pop(process) as failure, suppress(EOFError, OSError):
-                    text, trace = failure.recv()  # nothing comes if it was killed, or is done
+            for failure in [each for each in alive if each in ready]:
+                process = alive.pop(failure)
+                with failure, suppress(EOFError, OSError):
+                    # A worker that was killed, or is done, sends nothing.
+                    text, trace = failure.recv()
                     told = DemoError(text)
                     told.add_note(trace)
                     raise told
+                process.join()
                 worked = [each.release(process.name, "lost") for each in search.rounds]
                 idle_deaths = 0 if any(worked) or process.exitcode == 0 else idle_deaths + 1
                 if idle_deaths == ATTEMPTS:
@@ -364,17 +367,18 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
                     raise DemoError(f"workers: {ended} {process.exitcode}; is the search {guard}")
         tick()
     except BaseException:
-        for process in alive:
+        for process in alive.values():
             process.terminate()
-        for process in alive:
+        for process in alive.values():
             process.join(SECONDS_TO_END)
             process.kill()
             for each in search.rounds:
                 each.release(process.name)
         raise
     finally:
-        for process in alive:
+        for failure, process in alive.items():
             process.join()
+            failure.close()
 
 
 @contextmanager

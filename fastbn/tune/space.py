@@ -252,7 +252,7 @@ def uniform(low: float, high: float) -> Scale:
     Raises
     ------
     TypeError, ValueError
-        If a bound is not such a number; so for all scales.
+        If a bound is not such a number.
     """
     return Uniform(low, high)
 
