@@ -13,7 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tune_objectives import Logged, begun, content, killed, quiet, start, wait_until, wrong
+from tune_objectives import (
+    Logged,
+    begun,
+    content,
+    killed,
+    quiet,
+    start,
+    wait_until,
+    wrong,
+    wrong_at_length,
+)
 
 import fastbn
 from fastbn.demo import DemoError
@@ -67,6 +77,12 @@ def test_a_killed_worker_costs_time_only(tmp_path):
     assert len(times) == 11
     assert sorted(r.attempts for r in result.trials) == [1] * 11 + [2]
     assert len({line[0] for line in begun(log)}) == 3  # it was replaced
+
+
+def test_a_long_error_of_the_objective_in_a_worker():
+    with pytest.raises(DemoError, match="objective: ArithmeticError: xxx") as caught:
+        quiet(wrong_at_length, trials=6, workers=2)
+    assert str(caught.value).count("x") == 100_000
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
@@ -169,9 +185,8 @@ def postgresql(folder):
                         break
                 else:
                     pytest.fail("the PostgreSQL server did not start")
-                threading.Thread(
-                    target=process.stderr.read
-                ).start()  # so that it never waits for a reader
+                # The server must never wait for somebody to read what it writes.
+                threading.Thread(target=process.stderr.read).start()
                 yield f"postgresql://tune@/postgres?host={name}"
             finally:
                 process.send_signal(signal.SIGINT)

@@ -36,6 +36,11 @@ def wrong(params):
     raise ArithmeticError(f"no value for {params['units']}")
 
 
+def wrong_at_length(params):
+    """Raise an error that is longer than a pipe holds."""
+    raise ArithmeticError("x" * 100_000)
+
+
 def killed(params):
     """Kill the worker at one value, each time."""
     if params["units"] == 5:

@@ -350,14 +350,15 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
             tick()
             ready = wait(list(alive), timeout=POLL)
             current.tend()
-            for failure in [each for each in alive if each in ready]:
+            # A child of a dead worker may hold its pipe open, so that the pipe is never ready.
+            for failure in [f for f in alive if f in ready or not alive[f].is_alive()]:
                 process = alive.pop(failure)
                 with failure, suppress(EOFError, OSError):
-                    # A worker that was killed, or is done, sends nothing.
-                    text, trace = failure.recv()
-                    told = DemoError(text)
-                    told.add_note(trace)
-                    raise told
+                    if failure.poll():  # a worker that was killed or is done sends nothing
+                        text, trace = failure.recv()
+                        told = DemoError(text)
+                        told.add_note(trace)
+                        raise told
                 process.join()
                 worked = [each.release(process.name, "lost") for each in search.rounds]
                 idle_deaths = 0 if any(worked) or process.exitcode == 0 else idle_deaths + 1
