@@ -48,13 +48,9 @@ GIVEN = {"optimizer": "momentum"}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the search; those of the network are `fastbn train`'s."""
     parser.description = __doc__
-    parser.add_argument(
-        "objective",
-        nargs="?",
-        metavar="MODULE:FUNCTION",
-        help="a function of a dict that returns what is to be small, or yields it epoch by epoch;"
-        " the module has its `space`, and may have a `start`: see fastbn.tune.search",
-    )
+    text = "a function of a dict that returns what is to be small, or yields it epoch by epoch;"
+    text += " the module has its `space`, and may have a `start`: see fastbn.tune.search"
+    parser.add_argument("objective", nargs="?", metavar="MODULE:FUNCTION", help=text)
     group = parser.add_argument_group("search")
     for name, (kind, metavar, text) in OPTIONS.items():
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)

@@ -232,10 +232,8 @@ class Round:
             for before in slots[number][1]:
                 if before.params:
                     content = {"params": before.params, "distributions": before.distributions}
-            attributes = {"slot": number, "worker": worker}
-            template = self.optuna.create_trial(
-                state=self.states.RUNNING, user_attrs=attributes, **content
-            )
+            content["user_attrs"] = {"slot": number, "worker": worker}
+            template = self.optuna.create_trial(state=self.states.RUNNING, **content)
             mine = self.storage.create_new_trial(self.study._study_id, template)
             counts = self._slots()[number][0]
             if counts is not None and counts._trial_id == mine:
@@ -254,9 +252,8 @@ class Round:
         at_random = samplers.RandomSampler(seed)
         if self.plan.sampler == "random":
             return at_random
-        return samplers.CmaEsSampler(
-            seed=seed, independent_sampler=at_random, warn_independent_sampling=False
-        )
+        options = {"independent_sampler": at_random, "warn_independent_sampling": False}
+        return samplers.CmaEsSampler(seed=seed, **options)
 
     def run(self, trial: Trial, tick: Callable[[], object]) -> None:
         """Run the objective of a claimed trial; a tick follows each value that it yields.
