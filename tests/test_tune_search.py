@@ -1,39 +1,18 @@
-"""The search: rounds, tiers, samplers, pruning, workers that die, studies shared and resumed."""
+"""The search in one process: rounds, tiers, samplers, pruning, errors, a study that resumes."""
 
-import os
-import re
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections import Counter
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from tune_objectives import Logged, bowl, killed, space, start, steps, wrong
+from tune_objectives import Logged, bowl, content, quiet, space, start, steps
 
-import fastbn
 from fastbn.demo import DemoError
-from fastbn.tune import choice, log_uniform, rounds, search, uniform
-from fastbn.tune.rounds import Plan, Round, Search, ranked
-from fastbn.tune.search import opened
+from fastbn.tune import choice, log_uniform, rounds, uniform
+from fastbn.tune.rounds import ranked
 
-optuna = pytest.importorskip("optuna")
+pytest.importorskip("optuna")
 pytest.importorskip("cmaes")
-
-
-def quiet(objective=bowl, where=space, **options):
-    return search(objective, where, progress=False, **options)
-
-
-def content(result):
-    """Return what does not depend on who worked when."""
-    return [(r.number, r.round, r.state, r.params, r.value) for r in result.trials]
 
 
 @pytest.mark.parametrize("sampler", rounds.SAMPLERS)
@@ -82,20 +61,6 @@ def test_rounds_are_split_evenly_and_by_default_in_two():
     assert len(quiet(trials=1).trials) == 1
 
 
-def test_a_round_carries_the_best_over():
-    with opened(None) as storage:
-        plan = Plan(steps, space, {}, {}, 40, 2, "random", True, 0, "study")
-        process = Search(plan, storage)
-        process.work("me")
-        second = process.rounds[1]
-        carried = [t for t in second.study.trials if "carried" in t.user_attrs]
-        expected = ranked(process.rounds[0].records())[: len(carried)]
-    assert len(carried) == 4
-    assert [t.user_attrs["carried"] for t in carried] == [r.number for r in expected]
-    assert [t.value for t in carried] == [r.value for r in expected]
-    assert {t.state.name for t in carried} == {"COMPLETE"}
-
-
 TIERS = [{"lr": space["lr"]}, {"momentum": space["momentum"], "units": space["units"]},
          {"kind": space["kind"]}]  # fmt: skip
 
@@ -135,13 +100,6 @@ def test_halving_stops_the_hopeless():
 def test_without_pruning_all_trials_end():
     result = quiet(steps, trials=12, prune=False)
     assert {(r.state, len(r.steps)) for r in result.trials} == {("complete", 8)}
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9, 20, 100])
-def test_the_rungs_are_a_quarter_and_half(length):
-    at = rounds.rungs(length)
-    assert len(at) == (2 if length >= 4 else 0)
-    assert all(0 < step <= length / 2 for step in at)
 
 
 def test_infinity_and_nan_are_the_worst():
@@ -241,12 +199,6 @@ def test_an_error_of_the_objective_ends_the_search_and_loses_nothing(tmp_path):
     assert [r.attempts for r in result.trials] == [1, 1, 2, 1, 1, 1]
 
 
-def test_an_error_of_the_objective_in_a_worker():
-    with pytest.raises(DemoError, match=r"objective: ArithmeticError: no value for \d") as caught:
-        quiet(wrong, trials=6, workers=2)
-    assert "tune_objectives.py" in caught.value.__notes__[0]
-
-
 def test_a_study_resumes_and_knows_its_plan(tmp_path):
     storage = str(tmp_path / "journal")
     first = quiet(trials=8, storage=storage)
@@ -262,303 +214,6 @@ def test_a_study_resumes_and_knows_its_plan(tmp_path):
             quiet(**{"trials": 8, "storage": storage, **options})
     assert not (tmp_path / "log").exists()
     assert len(quiet(trials=9, storage=storage, study="other").trials) == 9
-
-
-# Workers that die, seen from within one process.
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """Let workers count as dead soon."""
-    monkeypatch.setattr(rounds, "GRACE", 0.3)
-    monkeypatch.setattr(rounds, "POLL", 0.02)
-
-
-def new_round(storage, trials=3, objective=bowl):
-    plan = Plan(objective, space, {}, {}, trials, 1, "random", True, 0, "study")
-    return Round(plan, storage, None, [])
-
-
-def tend_until(round_, happened):
-    end = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < end
-        round_.tend()
-        time.sleep(0.02)
-
-
-@pytest.mark.usefixtures("hasty")
-def test_a_trial_without_a_sign_of_life_is_given_to_another():
-    with opened(None) as storage:
-        round_ = new_round(storage)
-        dead = round_.claim("dead")
-        params = {n: scale.suggest(dead, n) for n, scale in space.items()}
-        tend_until(round_, lambda: round_.records()[0].state == "waiting")
-        heirs = [round_.claim("heir") for _ in range(3)]
-        assert round_.claim("heir") is None
-        [heir] = [t for t in heirs if t.user_attrs["slot"] == 0]
-        assert {n: scale.suggest(heir, n) for n, scale in space.items()} == params
-        # one that counted as dead and was not: its result comes too late
-        round_.run(dead, lambda: None)
-        for each in heirs:
-            round_.run(each, lambda: None)
-        records = round_.records()
-    assert [(r.state, r.worker, r.attempts) for r in records] == [
-        ("complete", "heir", 2), ("complete", "heir", 1), ("complete", "heir", 1),
-    ]  # fmt: skip
-
-
-@pytest.mark.usefixtures("hasty")
-def test_signs_of_life_keep_a_trial(monkeypatch):
-    with opened(None) as storage:
-        round_ = new_round(storage)
-        trial = round_.claim("alive")
-        for beat in range(40):
-            storage.set_trial_user_attr(trial._trial_id, "beat", beat)
-            round_.tend()
-            time.sleep(0.02)
-        assert round_.records()[0].state == "running"
-
-
-def test_signs_of_life_are_given(monkeypatch):
-    monkeypatch.setattr(rounds, "BEAT", 1)
-    with opened(None) as storage:
-        round_ = new_round(storage, objective=Logged(os.devnull, seconds=1.5))
-        trial = round_.claim("alive")
-        round_.run(trial, lambda: None)
-        assert storage.get_trial(trial._trial_id).user_attrs["beat"] == 1
-
-
-def test_a_process_that_slept_takes_nobody_for_dead(monkeypatch):
-    monkeypatch.setattr(rounds, "GRACE", 60.0)
-    clock = [0.0]
-    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock[0])
-    with opened(None) as storage:
-        round_ = new_round(storage)
-        round_.claim("asleep as well")
-        round_.tend()
-        clock[0] = 3600.0
-        round_.tend()
-        assert round_.records()[0].state == "running"
-        for _ in range(61):
-            clock[0] += 1.0
-            round_.tend()
-        assert round_.records()[0].state == "waiting"
-
-
-def test_a_trial_that_kills_its_workers_is_given_up():
-    with opened(None) as storage:
-        round_ = new_round(storage, trials=1)
-        for attempt in range(1, 4):
-            trial = round_.claim(f"worker {attempt}")
-            assert not round_.release_all("another")
-            assert round_.release_all(f"worker {attempt}", lost=True)
-            round_.release(storage.get_trial(trial._trial_id), lost=True)  # known already
-        assert round_.claim("one more") is None
-        [record] = round_.records()
-    assert (record.state, record.value, record.attempts) == ("failed", None, 3)
-    assert record.finished
-
-
-def test_a_slot_that_was_filled_twice_runs_once():
-    with opened(None) as storage:
-        round_ = new_round(storage)
-        round_._fill(1)
-        claimed = [round_.claim("me") for _ in range(3)]
-        assert round_.claim("me") is None
-        assert sorted(t.user_attrs["slot"] for t in claimed) == [0, 1, 2]
-
-
-@pytest.mark.usefixtures("hasty")
-def test_slots_that_were_not_filled_are_filled(monkeypatch):
-    with opened(None) as storage:
-        with monkeypatch.context() as patch:
-            patch.setattr(Round, "_fill", lambda *_: None)  # as if it died of it
-            new_round(storage)
-        round_ = new_round(storage)
-        tend_until(round_, lambda: round_.claim("me"))
-        tend_until(round_, lambda: round_.claim("me"))
-        tend_until(round_, lambda: round_.claim("me"))
-        assert [r.state for r in round_.records()] == ["running"] * 3
-
-
-# Processes.
-
-
-def begun(path):
-    """Return the lines of a log: pid, threads, threads of BLAS, lr."""
-    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def test_workers_share_the_threads_and_draw_what_one_would(tmp_path):
-    before = fastbn.get_num_threads()
-    fastbn.set_num_threads(5)
-    variables = dict(os.environ)
-    try:
-        result = quiet(Logged(str(tmp_path / "log"), 0.1), trials=14, workers=2)
-    finally:
-        fastbn.set_num_threads(before)
-    assert dict(os.environ) == variables
-    assert content(result) == content(quiet(trials=14))
-    lines = begun(tmp_path / "log")
-    assert len(lines) == len({line[3] for line in lines}) == 14
-    assert len({line[0] for line in lines}) == len({r.worker for r in result.trials}) == 2
-    assert {tuple(line[1:3]) for line in lines} == {("2", "2")}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_a_killed_worker_costs_time_only(tmp_path):
-    log = tmp_path / "log"
-    victims = []
-
-    def kill():
-        while len(begun(log)) < 5:
-            time.sleep(0.02)
-        victims.append(begun(log)[-1])
-        os.kill(int(victims[0][0]), signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = quiet(Logged(str(log), 0.3), trials=12, workers=2, storage=str(tmp_path / "journal"))
-    killer.join()
-    assert content(result) == content(quiet(trials=12))
-    times = Counter(line[3] for line in begun(log))
-    [[_, _, _, lr]] = victims
-    assert times.pop(lr) == 2
-    assert set(times.values()) == {1}
-    assert len(times) == 11
-    assert sorted(r.attempts for r in result.trials) == [1] * 11 + [2]
-    assert len({line[0] for line in begun(log)}) == 3  # it was replaced
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_all_workers_die_of_one_trial():
-    result = quiet(killed, start=start, trials=2, rounds=1, workers=2)
-    assert {r.state for r in result.trials if r.params.get("units") != 5} == {"complete"}
-    lost = [r for r in result.trials if r.params.get("units") == 5]
-    assert lost
-    assert {(r.state, r.attempts, r.value) for r in lost} == {("failed", 3, None)}
-
-
-# Several commands on one storage.
-
-COMMAND = """
-import sys
-from tune_objectives import Logged, space
-from fastbn.tune import search
-log, storage = sys.argv[1:]
-result = search(Logged(log, 0.05), space, trials=16, storage=storage, progress=False)
-print(*(r.value for r in result.trials))
-"""
-
-
-@contextmanager
-def journal(folder):
-    yield str(folder / "journal")
-
-
-@contextmanager
-def sqlite(folder):
-    yield f"sqlite:///{folder / 'study.db'}"
-
-
-@contextmanager
-def grpc(folder):
-    pytest.importorskip("grpc")
-    from optuna.storages._grpc.server import make_server  # run_grpc_proxy_server never ends
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    server = make_server(optuna.storages.InMemoryStorage(), "localhost", port)
-    server.start()
-    try:
-        yield f"grpc://localhost:{port}"
-    finally:
-        server.stop(None).wait()
-
-
-@contextmanager
-def postgresql(folder):
-    pytest.importorskip("psycopg")
-    on_debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    path = os.pathsep.join([os.environ["PATH"], *map(str, reversed(on_debian))])
-    initdb, server = (shutil.which(name, path=path) for name in ("initdb", "postgres"))
-    if not initdb or not server:
-        pytest.skip("there is no PostgreSQL server (Debian: apt-get install postgresql)")
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}  # it refuses to run as root
-    # Not in pytest's folder: the name of a socket is short, and another user has to get there.
-    with tempfile.TemporaryDirectory(prefix="fastbn") as name:
-        if user:
-            shutil.chown(name, "nobody")
-        quiet = {"stdout": subprocess.DEVNULL, "cwd": name, **user}
-        data = str(Path(name, "data"))
-        subprocess.run([initdb, "-D", data, "-U", "tune", "-A", "trust", "--no-sync"],
-                       check=True, stderr=subprocess.DEVNULL, **quiet)  # fmt: skip
-        options = ["-D", data, "-k", name, "-c", "listen_addresses=", "-c", "fsync=off"]
-        process = subprocess.Popen([server, *options], stderr=subprocess.PIPE, text=True, **quiet)
-        with process:
-            try:
-                for line in process.stderr:
-                    if "ready to accept connections" in line:
-                        break
-                else:
-                    pytest.fail("the PostgreSQL server did not start")
-                threading.Thread(target=process.stderr.read).start()  # lest it waits for a reader
-                yield f"postgresql://tune@/postgres?host={name}"
-            finally:
-                process.send_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize("storage", [journal, sqlite, grpc, postgresql])
-def test_two_commands_share_a_study(storage, tmp_path):
-    log = tmp_path / "log"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with storage(tmp_path) as url:
-        pair = [
-            subprocess.Popen(
-                [sys.executable, "-c", COMMAND, log, url],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for _ in range(2)
-        ]
-        told = [process.communicate(timeout=300) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], told
-    expected = [r.value for r in quiet(trials=16).trials]
-    assert [[float(word) for word in out.split()] for out, _ in told] == [expected] * 2
-    lines = begun(log)
-    assert len(lines) == len({line[3] for line in lines}) == 16
-    assert len({line[0] for line in lines}) == 2
-
-
-# What is shown.
-
-
-def test_a_line_for_each_trial(capsys):
-    search(bowl, space, trials=12)
-    out, err = capsys.readouterr()
-    assert err == ""
-    lines = out.splitlines()
-    assert len(lines) == 12
-    for count, text in enumerate(lines, 1):
-        assert text.startswith(f"{count:2}/12  trial {count - 1}  round {1 + (count > 6)}  compl")
-    assert re.search(r"  0\.\d+  lr=\S+ momentum=0\.9\d+ units=\d kind=[ab3]$", lines[0])
-
-
-def test_a_live_table_on_a_terminal(capsys, monkeypatch):
-    pytest.importorskip("rich")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    search(steps, space, trials=12)
-    out = capsys.readouterr().out
-    assert "12 of 12 trials" in out
-    assert re.search(r"\d+ of 12 trials, about 0 min \d+ s left", out)
-    for word in ("best", "momentum", "running", "pruned"):
-        assert word in out
-    assert "1/12  trial" not in out
 
 
 def test_choice_alone_and_log_alone():

@@ -1,11 +1,12 @@
-"""Objectives for the tests of the search, in a module that worker processes can import."""
+"""What the tests of the search share: objectives that worker processes can import, helpers."""
 
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import fastbn
-from fastbn.tune import choice, integer, log_uniform, one_minus_log_uniform
+from fastbn.tune import choice, integer, log_uniform, one_minus_log_uniform, search
 
 space = {
     "lr": log_uniform(1e-4, 1),
@@ -35,6 +36,11 @@ def wrong(params):
     raise ArithmeticError(f"no value for {params['units']}")
 
 
+def wrong_at_length(params):
+    """Raise an error that is longer than a pipe holds."""
+    raise ArithmeticError("x" * 100_000)
+
+
 def killed(params):
     """Kill the worker at one value, each time."""
     if params["units"] == 5:
@@ -44,10 +50,13 @@ def killed(params):
 
 @dataclass(frozen=True)
 class Logged:
-    """The `bowl`, slowly; a line in a file tells of each call: pid, threads, lr."""
+    """The `bowl`; a line in a file tells of each call: pid, threads, threads of BLAS, lr.
+
+    No call ends before so many processes have begun one.
+    """
 
     path: str
-    seconds: float = 0.0
+    processes: int = 1
 
     def __repr__(self):
         return "Logged"
@@ -56,5 +65,28 @@ class Logged:
         threads = fastbn.get_num_threads(), os.environ.get("OPENBLAS_NUM_THREADS")
         with open(self.path, "a") as file:  # noqa: PTH123
             file.write(f"{os.getpid()} {threads[0]} {threads[1]} {params['lr']!r}\n")
-        time.sleep(self.seconds)
+        wait_until(lambda: len({line[0] for line in begun(Path(self.path))}) >= self.processes)
         return bowl(params)
+
+
+def begun(path):
+    """Return the lines of the file of `Logged`, as lists of words."""
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_until(happened):
+    """Return when something has happened; it may take a minute on a busy machine."""
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def quiet(objective=bowl, where=space, **options):
+    """Search without showing it."""
+    return search(objective, where, progress=False, **options)
+
+
+def content(result):
+    """Return what does not depend on who worked when."""
+    return [(r.number, r.round, r.state, r.params, r.value) for r in result.trials]

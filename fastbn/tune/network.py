@@ -10,16 +10,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastbn.demo import DemoError, require
+from fastbn.demo import DemoError
 from fastbn.demo.data import load
-from fastbn.demo.train import OPTIMIZER, Config, DivergedError, Trainer, configure
+from fastbn.demo.train import OPTIMIZER, Config, DivergedError, Trainer, configure, one_blas_thread
 from fastbn.tune.space import Params, Scale, choice, integer, log_uniform, one_minus_log_uniform
 from fastbn.tune.space import uniform as even
 
-# So many networks, different in their random numbers only, are trained for a trial: the loss of a
-# single one tells as much about its seed.
+# A trial trains this many networks, which differ in their random numbers only: the loss of a single
+# one tells as much about its seed as about its hyper-parameters.
 REPEATS = 5
-ASKED_FOR = ("beta1", "beta2", "eps")
+# Tuned only when asked for.
+OF_ADAM = {
+    "beta1": one_minus_log_uniform(0.9, 0.999),
+    "beta2": one_minus_log_uniform(0.9, 0.9999),
+    "eps": log_uniform(1e-9, 1e-3),
+}
 
 _data = lru_cache(maxsize=1)(load)
 
@@ -41,13 +46,11 @@ def space_of(given: Mapping[str, Any], also: Collection[str]) -> list[dict[str, 
     """
     config = configure(given)
     used = OPTIMIZER.get(config.optimizer, {})
-    possible = [name for name in ASKED_FOR if name in used and name not in given]
+    possible = [name for name in OF_ADAM if name in used and name not in given]
     for name in also:
         if name not in possible:
-            expected = ", ".join(possible) or "nothing"
-            raise DemoError(
-                f"--also: expected {expected} with --optimizer {config.optimizer}, got {name}"
-            )
+            expected = f"{', '.join(possible) or 'nothing'} with --optimizer {config.optimizer}"
+            raise DemoError(f"--also: expected {expected}, got {name}")
     mlp = config.model == "mlp"
     batches = [n for n in (16, 32, 64, 128) if n <= len(data_of(config).train[0])]
     decays = {
@@ -62,15 +65,8 @@ def space_of(given: Mapping[str, Any], also: Collection[str]) -> list[dict[str, 
             "units": integer(32, 512) if mlp else integer(4, 32),
             "batch_size": choice(*batches),
         },
-        {
-            "layers": integer(1, 4) if mlp else integer(1, 3),
-            "decay_rate": decays.get(config.lr_decay),
-        },
-        {
-            "beta1": one_minus_log_uniform(0.9, 0.999) if "beta1" in also else None,
-            "beta2": one_minus_log_uniform(0.9, 0.9999) if "beta2" in also else None,
-            "eps": log_uniform(1e-9, 1e-3) if "eps" in also else None,
-        },
+        {"layers": integer(1, 4 if mlp else 3), "decay_rate": decays.get(config.lr_decay)},
+        {name: scale for name, scale in OF_ADAM.items() if name in also},
     ]
     fixed = {*given, *(("units", "layers") if "hidden" in given else ())}
     left = [{n: s for n, s in tier.items() if s and n not in fixed} for tier in tiers]
@@ -93,11 +89,9 @@ def config_of(given: Mapping[str, Any], params: Params) -> Config:
     """
     fields: dict[str, Any] = {**given, **params}
     if "units" in fields:
-        units, layers = fields.pop("units"), fields.pop("layers")
+        units, layers = fields.pop("units"), range(fields.pop("layers"))
         mlp = fields.get("model", "mlp") == "mlp"
-        fields["hidden"] = tuple(
-            units >> layer if mlp else units << layer for layer in range(layers)
-        )
+        fields["hidden"] = tuple(units >> n if mlp else units << n for n in layers)
     return configure(fields)
 
 
@@ -135,10 +129,8 @@ class ValidationLoss:
 
 def networks(config: Config) -> list[Trainer]:
     """Return untrained networks of a configuration; the first is that of ``fastbn train``."""
-    return [
-        Trainer(replace(config, seed=config.seed + index), data_of(config))
-        for index in range(REPEATS)
-    ]
+    seeds = range(config.seed, config.seed + REPEATS)
+    return [Trainer(replace(config, seed=seed), data_of(config)) for seed in seeds]
 
 
 def test_accuracies(config: Config) -> list[float]:
@@ -155,7 +147,6 @@ def test_accuracies(config: Config) -> list[float]:
 
 
 def _train_epoch(trainer: Trainer) -> dict[str, float]:
-    # One BLAS thread, as `Trainer.run` has it, for the same bits.
-    with require("threadpoolctl").threadpool_limits(1, user_api="blas"):
+    with one_blas_thread():  # as `Trainer.run` has it, for the same bits
         trainer.history.append(trainer.train_epoch())
     return trainer.history[-1]

@@ -6,18 +6,18 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 from fastbn.demo import require
 from fastbn.demo.files import write_atomically
-from fastbn.tune.rounds import Record, ranked
+from fastbn.tune.rounds import Box, ranked
 from fastbn.tune.search import Result
 from fastbn.tune.show import shown
-from fastbn.tune.space import Choice, LogUniform, OneMinusLogUniform, Scale
-
-OPTION = "--out"  # named in errors
+from fastbn.tune.space import LogUniform, OneMinusLogUniform, Params, Scale, uniform
 
 
 def write(
@@ -46,54 +46,46 @@ def write(
     DemoError
         If an extra is missing or a file cannot be written.
     """
-    files = [folder / "trials.csv", folder / "best.json"]
-    text = json.dumps(best, indent=2) + "\n"
-    write_atomically(files[0], lambda file: file.write(table(result).encode()), option=OPTION)
-    write_atomically(files[1], lambda file: file.write(text.encode()), option=OPTION)
-    pictures: dict[str, Callable[[Result, str], Any]] = {
-        "history": history, "parallel": parallel, "slices": slices, "importances": importance_bars,
-        "scales": why_scales,
-    }  # fmt: skip
-    for name, draw in pictures.items():
-        figure = draw(result, label)
-        if figure:
-            files.append(folder / f"{name}.png")
-            save = _saver(figure)
-            write_atomically(files[-1], save, option=OPTION)
+    files = []
+    for name, content in _contents(result, best, label):
+        files.append(folder / name)
+        write_atomically(files[-1], methodcaller("write", content), option="--out")
     return files
 
 
-def _saver(figure: Any) -> Callable[[Any], object]:
-    return lambda file: figure.savefig(file, format="png")
+def _contents(result: Result, best: Mapping[str, Any], label: str) -> Iterator[tuple[str, bytes]]:
+    yield "trials.csv", table(result).encode()
+    yield "best.json", (json.dumps(best, indent=2) + "\n").encode()
+    pictures = {"history": history, "parallel": parallel, "slices": slices,
+                "importances": importance_bars, "scales": why_scales}  # fmt: skip
+    for name, draw in pictures.items():
+        if figure := draw(result, label):
+            file = io.BytesIO()
+            figure.savefig(file, format="png")
+            yield f"{name}.png", file.getvalue()
 
 
 def table(result: Result) -> str:
     """Return all trials as CSV."""
     file = io.StringIO()
-    names = _names(result)
-    writer = csv.writer(file, lineterminator="\n")
-    head = ("number", "round", "state", "value", "steps", "seconds", "worker", "attempts")
-    writer.writerow([*head, *(f"params_{name}" for name in names)])
+    head = ["number", "round", "state", "value", "steps", "seconds", "worker", "attempts"]
+    head += [f"params_{name}" for tier in result.tiers for name in tier]
+    writer = csv.DictWriter(file, head, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for r in result.trials:
-        row = r.number, r.round, r.state, r.value, len(r.steps), r.seconds, r.worker, r.attempts
-        writer.writerow([*row, *(r.params.get(name) for name in names)])
+        params = {f"params_{name}": value for name, value in r.params.items()}
+        writer.writerow({**vars(r), **params, "steps": len(r.steps)})
     return file.getvalue()
 
 
 def history(result: Result, label: str) -> Any:
     """Draw the values in the order of the trials, and the best so far."""
-    figure, [[axes]] = _figure(1, 1, (8, 4.5))
-    best, line = math.inf, []
-    for r in result.trials:
-        if r.state == "complete":
-            best = min(best, r.sort_value)
-        line.append(best)
+    figure, [axes] = _figure(1, 1, (8, 4.5))
     _points(axes, result)
-    numbers = [r.number for r in result.trials]
-    axes.step(numbers, line, where="post", color="C3", label="best so far")
-    for each in {r.round: r.number for r in reversed(result.trials) if r.round > 1}.values():
-        axes.axvline(each - 0.5, color="0.6", linestyle=":", linewidth=1)
-    axes.set(xlabel="trial (dotted: a new round)", ylabel=label)
+    values = [r.sort_value if r.state == "complete" else math.inf for r in result.trials]
+    best = list(accumulate(values, min))
+    axes.step(range(len(best)), best, where="post", color="C3", label="best so far")
+    axes.set(xlabel="trial", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, axes)
     return figure
@@ -101,19 +93,15 @@ def history(result: Result, label: str) -> Any:
 
 def parallel(result: Result, label: str) -> Any:
     """Draw each trial as a line through its hyper-parameters, each on its own scale."""
-    scales = _tuned(result)
-    figure, [[axes]] = _figure(1, 1, (2 + 1.6 * len(scales), 4.5))
-    seen = [r for r in result.trials if r.value is not None]
-    order = sorted(seen, key=lambda r: r.sort_value)
+    scales = result.boxes[0]
+    figure, [axes] = _figure(1, 1, (2 + 1.6 * len(scales), 4.5))
     colors = require("matplotlib", "tune").colormaps["viridis"]
-    at = range(len(scales))
-    for rank, r in reversed(list(enumerate(order))):
-        heights = [scale.position(r.params[name]) for name, scale in scales.items()]
-        share = rank / max(len(order) - 1, 1)
-        axes.plot(at, heights, "-o", color=colors(share), alpha=1 - 0.8 * share,
-                  markersize=3, linewidth=1.2)  # fmt: skip
-    heights = [scale.position(result.best[name]) for name, scale in scales.items()]
-    axes.plot(at, heights, "-o", color="C3", linewidth=2.5, label=f"best: {result.value:.4g}")
+    order = sorted((r for r in result.trials if r.value is not None), key=lambda r: -r.sort_value)
+    for rank, r in enumerate(order, 1):
+        share = rank / len(order)
+        _through(axes, scales, r.params, color=colors(1 - share), alpha=0.2 + 0.8 * share)
+    _through(axes, scales, result.best, color="C3", linewidth=2.5,
+             label=f"best: {result.value:.4g}")  # fmt: skip
     for index, scale in enumerate(scales.values()):
         axes.axvline(index, color="0.7", linewidth=0.8, zorder=0)
         for value in scale.ticks():
@@ -121,27 +109,27 @@ def parallel(result: Result, label: str) -> Any:
                           textcoords="offset points", fontsize=7, va="center")  # fmt: skip
     axes.set(yticks=[], xlim=(-0.3, len(scales) - 0.4), ylim=(-0.05, 1.05),
              title=f"{label}: dark is low, light and faint is high")  # fmt: skip
-    axes.set_xticks(list(at), list(scales))
     axes.grid(visible=False)
     _legend(figure, axes)
     return figure
 
 
+def _through(axes: Any, scales: Box, params: Params, **style: Any) -> None:
+    heights = [scale.position(params[name]) for name, scale in scales.items()]
+    axes.plot(list(scales), heights, "-o", markersize=3, **style)
+
+
 def slices(result: Result, label: str) -> Any:
-    """Draw the values over each hyper-parameter, on its scale, and where the rounds searched."""
-    scales = _tuned(result)
+    """Draw the values over each hyper-parameter, on its scale."""
+    scales = result.boxes[0]
     columns = min(3, len(scales))
     rows = math.ceil(len(scales) / columns)
-    figure, grid = _figure(rows, columns, (4 * columns, 3.2 * rows))
-    cells = [axes for row in grid for axes in row]
+    figure, cells = _figure(rows, columns, (4 * columns, 3.2 * rows))
     for axes, (name, scale) in zip(cells, scales.items(), strict=False):
-        _on_scale(axes, scale)
+        _on_scale(axes, scale, name)
         _points(axes, result, name)
-        for box in result.boxes[1:]:
-            for low, high in _spans(scale, box[name]):
-                axes.axvspan(low, high, color="C1", alpha=0.1, linewidth=0)
         axes.plot(scale.position(result.best[name]), result.value, "*", color="C3", markersize=12)
-        axes.set(xlabel=name, ylabel=label)
+        axes.set_ylabel(label)
     for axes in cells[len(scales) :]:
         axes.remove()
     _legend(figure, cells[0])
@@ -149,87 +137,59 @@ def slices(result: Result, label: str) -> Any:
 
 
 def importance_bars(result: Result, label: str) -> Any:
-    """Draw the measured importances beside the tiers of the space."""
+    """Draw the measured importances, tier by tier."""
     found = result.importances
     if not found:
         return None
-    tiers = {name: index for index, tier in enumerate(result.tiers, 1) for name in tier}
-    figure, [[axes]] = _figure(1, 1, (7, 1.5 + 0.4 * len(found)))
-    names = sorted(found, key=lambda name: found[name])
-    axes.barh(names, [found[n] for n in names], color=[f"C{tiers[n] - 1}" for n in names])
-    for name in names:
-        axes.annotate(f"{found[name]:.2f}", (found[name], name), (3, 0),
-                      textcoords="offset points", va="center", fontsize=8)  # fmt: skip
-    patch = require("matplotlib.patches", "tune").Patch
-    shown_tiers = sorted({tiers[name] for name in names})
-    axes.legend(handles=[patch(color=f"C{t - 1}", label=f"tier {t}") for t in shown_tiers])
-    axes.set(
-        xlabel=f"share of the order of the trials ({label})", xlim=(0, 1.1 * max(found.values()))
-    )
+    figure, [axes] = _figure(1, 1, (7, 1.5 + 0.4 * len(found)))
+    for number, tier in enumerate(result.tiers, 1):
+        if shares := {name: found[name] for name in tier if name in found}:
+            bars = axes.barh(list(shares), list(shares.values()), label=f"tier {number}")
+            axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel=f"share of the order of the trials ({label})")
+    axes.legend()
     return figure
 
 
-def why_scales(result: Result, label: str) -> Any:
+def why_scales(result: Result, label: str) -> Any:  # noqa: ARG001
     """Draw where as many trials fall on a linear scale and on the scale that was used.
 
     None if no scale differs from a linear one.
     """
-    scales: dict[str, Any] = {
-        name: scale
-        for name, scale in _tuned(result).items()
-        if isinstance(scale, LogUniform | OneMinusLogUniform)
-    }
+    curved = (LogUniform, OneMinusLogUniform)
+    scales: dict[str, Any] = {n: s for n, s in result.boxes[0].items() if isinstance(s, curved)}
     if not scales:
         return None
     count = len(result.trials)
     few = ranked(result.trials)[: max(3, count // 10)]
-    figure, grid = _figure(
-        2, len(scales), (5 * len(scales), 5.5), sharex="col", height_ratios=(1, 3)
-    )
     draws = [(k + 0.5) / count for k in range(count)]
-    for (name, scale), above, below in zip(scales.items(), grid[0], grid[1], strict=True):
-        width = scale.high - scale.low
-        linear = [scale.position(scale.low + u * width) for u in draws]
-        above.plot(linear, [1] * count, "|", color="C1", markersize=14)
-        above.plot(draws, [0] * count, "|", color="C0", markersize=14)
-        above.set_yticks([0, 1], ["this scale", "linear scale"])
-        above.set(ylim=(-0.6, 1.6))
-        start, end = (side(scale.position(r.params[name]) for r in few) for side in (min, max))
-        hits = [sum(start <= u <= end for u in drawn) for drawn in (draws, linear)]
-        low, high = shown(scale.at(start)), shown(scale.at(end))
-        above.set_title(
-            f"{name}: the best {len(few)} lie from {low} to {high}; there fall\n"
-            f"{hits[0]} of {count} trials of this scale, {hits[1]} of a linear one",
-            fontsize=9,
-        )
-        for axes in (above, below):
-            axes.axvspan(start, end, color="C2", alpha=0.15, linewidth=0)
-        _on_scale(below, scale)
-        _points(below, result, name)
-        below.set(xlabel=name, ylabel=label)
-        above.tick_params(labelbottom=False)
-    _legend(figure, grid[1][0])
+    figure, cells = _figure(len(scales), 1, (7, 2.2 * len(scales)))
+    for axes, (name, scale) in zip(cells, scales.items(), strict=True):
+        linear = [scale.position(uniform(scale.low, scale.high).at(u)) for u in draws]
+        at = [scale.position(r.params[name]) for r in few]
+        ours, theirs = (sum(min(at) <= u <= max(at) for u in drawn) for drawn in (draws, linear))
+        low, high = shown(scale.at(min(at))), shown(scale.at(max(at)))
+        where = f"{name}: the best {len(few)} lie from {low} to {high}; there fall"
+        hits = f"{ours} of {count} trials of this scale, {theirs} of a linear one"
+        axes.set_title(f"{where}\n{hits}", fontsize=9)
+        axes.eventplot([draws, linear], colors=["C0", "C1"], linelengths=0.6)
+        axes.axvspan(min(at), max(at), color="C2", alpha=0.15, linewidth=0)
+        axes.set_yticks([0, 1], ["this scale", "linear scale"])
+        _on_scale(axes, scale, name)
     return figure
 
 
-def _names(result: Result) -> list[str]:
-    return [name for tier in result.tiers for name in tier]
-
-
-def _tuned(result: Result) -> dict[str, Scale]:
-    return {n: s for tier in result.tiers for n, s in tier.items() if n in result.boxes[0]}
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     """Return a figure and its axes, row by row."""
     # Not by pyplot, which would look for a display.
-    figure = require("matplotlib.figure", "tune").Figure(
-        figsize=size, dpi=120, layout="constrained"
-    )
-    grid = figure.subplots(rows, columns, squeeze=False, **options)
-    for axes in grid.flat:
+    module = require("matplotlib.figure", "tune")
+    figure = module.Figure(figsize=size, dpi=120, layout="constrained")
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in cells:
         axes.grid(alpha=0.3)
-    return figure, grid
+    return figure, cells
 
 
 def _points(axes: Any, result: Result, name: str = "") -> None:
@@ -237,44 +197,30 @@ def _points(axes: Any, result: Result, name: str = "") -> None:
 
     Dots by round, hollow if stopped early; crosses on top if infinite.
     """
-    scales = _tuned(result)
-
-    def x(record: Record) -> float:
-        return scales[name].position(record.params[name]) if name else record.number
-
-    finite = [r for r in result.trials if r.value is not None and math.isfinite(r.value)]
-    for number in range(1, len(result.boxes) + 1):
-        for state, face in (("complete", f"C{number - 1}"), ("pruned", "none")):
-            chosen = [r for r in finite if (r.round, r.state) == (number, state)]
-            if chosen:
-                label = f"round {number}" + (", stopped early" if state == "pruned" else "")
-                axes.scatter([x(r) for r in chosen], [r.value for r in chosen], s=22,
-                             facecolors=face, edgecolors=f"C{number - 1}", label=label)  # fmt: skip
-    infinite = [r for r in result.trials if r.value is not None and math.isinf(r.value)]
-    if all(r.value is not None and r.value > 0 for r in finite):
+    seen = [r for r in result.trials if r.value is not None]
+    scale: Any = result.boxes[0].get(name)
+    for r in seen:
+        x = scale.position(r.params[name]) if scale else r.number
+        if math.isinf(r.sort_value):
+            top = axes.get_xaxis_transform()  # 1 is the upper edge
+            axes.plot(x, 0.97, "x", color="0.3", transform=top, label="infinite")
+        else:
+            face, more = ("none", ", stopped early") if r.state == "pruned" else (None, "")
+            color, label = f"C{r.round - 1}", f"round {r.round}{more}"
+            axes.plot(x, r.value, "o", color=color, markerfacecolor=face, label=label)
+    if all(r.sort_value > 0 for r in seen):
         axes.set_yscale("log")
-    if infinite:
-        at, top = [x(r) for r in infinite], axes.get_xaxis_transform()  # 1 is the upper edge
-        axes.scatter(at, [0.97] * len(at), s=22, marker="x", color="0.3", transform=top,
-                     label="infinite")  # fmt: skip
 
 
 def _legend(figure: Any, axes: Any) -> None:
     """Explain what axes show, outside of them."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once, loc="outside lower center", ncols=3, fontsize=8)
 
 
-def _on_scale(axes: Any, scale: Scale) -> None:
+def _on_scale(axes: Any, scale: Scale, name: str) -> None:
     """Let an axis run along a scale, from its position 0 to 1."""
     ticks = scale.ticks()
     axes.set_xticks([scale.position(value) for value in ticks], [shown(value) for value in ticks])
-    axes.set(xlim=(-0.04, 1.04))
-
-
-def _spans(scale: Scale, box: Any) -> list[tuple[float, float]]:
-    """Return where a box lies on a scale."""
-    if isinstance(box, Choice):
-        middles = [scale.position(option) for option in box.options]
-        return [(middle - 0.03, middle + 0.03) for middle in middles]
-    return [(scale.position(box.low), scale.position(box.high))]
+    axes.set(xlim=(-0.04, 1.04), xlabel=name)

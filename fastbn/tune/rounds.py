@@ -1,26 +1,22 @@
-"""A search as workers share it, on any number of machines: rounds, slots, claims, retries.
+"""A search as workers on any number of machines share it: rounds, slots, claims, retries.
 
-A round is a study of Optuna. Whoever creates it puts all its trials into the storage at once, as
-numbered slots that wait; a worker claims one by setting it from waiting to running, which a storage
-grants once. So their number is exact, and what a random search draws depends on the number of the
-slot alone. The trial of a dead worker is set to failed, and a copy of it waits in the same slot.
-Should two workers fill a slot at the same time, the trial with the lower number counts and whoever
-claims the other one drops it. The next round follows from finished trials only: every worker
-computes the same one.
+A round is a study of Optuna with a number of slots, one for each trial. A worker takes an open slot
+by adding a running trial for it to the storage. Of several trials for one slot the one with the
+lowest number counts, and a worker that added another one drops it. So the number of trials is
+exact. What a random search draws depends on the number of the slot alone. The trial of a dead
+worker is set to failed, which opens its slot again. The next round follows from finished trials
+only, so every worker computes the same one.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import multiprocessing
-import os
-import signal
+import random
 import threading
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -42,7 +38,7 @@ SAMPLERS = ("random", "tpe", "cmaes")
 POLL = 0.3  # seconds between two looks at the storage
 BEAT = 10.0  # seconds between two signs of life of a running trial
 GRACE = 60.0  # seconds without one after which its worker counts as dead
-ATTEMPTS = 3  # so many workers may die of a trial
+ATTEMPTS = 3  # a trial is given up after so many of its workers have died
 FEW = 5  # a fifth of the trials, at least 3, decide where the next round searches
 
 
@@ -61,24 +57,21 @@ class Plan:
     seed: int
     study: str
 
-    def sizes(self) -> list[int]:
-        """Return how many trials each round has."""
-        return [
-            self.trials // self.rounds + (index < self.trials % self.rounds)
-            for index in range(self.rounds)
-        ]
+    def numbers(self, index: int) -> range:
+        """Return the numbers of the trials of a round."""
+        size, more = divmod(self.trials, self.rounds)
+        return range(index * size + min(index, more), (index + 1) * size + min(index + 1, more))
 
     def about(self) -> dict[str, str]:
         """Return the plan as text, to be compared with that of a study."""
         function = self.objective
-        name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
-        known = name if hasattr(function, "__qualname__") else repr(function)
-        # The module of a script is called otherwise where it is imported.
-        others = ("space", "held", "start", "trials", "rounds", "sampler", "prune", "seed")
-        return {
-            "objective": known.removeprefix("__main__:").removeprefix("__mp_main__:"),
-            **{name: repr(getattr(self, name)) for name in others},
-        }
+        known = repr(function)
+        if hasattr(function, "__qualname__"):
+            known = f"{function.__module__}:{function.__qualname__}"
+        # The module of a script has another name where a worker imports it.
+        known = known.removeprefix("__main__:").removeprefix("__mp_main__:")
+        others = {name: repr(value) for name, value in vars(self).items() if name != "study"}
+        return {**others, "objective": known}
 
 
 @dataclass(frozen=True)
@@ -142,176 +135,141 @@ class Round:
     ) -> None:
         self.plan, self.storage = plan, storage
         self.optuna = require("optuna", "tune")
+        self.states = self.optuna.trial.TrialState
         self.index: int = before.index + 1 if before else 0
+        self.numbers = plan.numbers(self.index)
         self.box: Box = plan.space
-        count = max(3, len(earlier) // FEW)
-        self.few = ranked(earlier)[:count]
-        if before and self.few:
+        few = ranked(earlier)[: max(3, len(earlier) // FEW)]
+        if before and few:
             self.box = {
-                name: scale.zoom([r.params[name] for r in self.few], before.box[name])
+                name: scale.zoom([r.params[name] for r in few], before.box[name])
                 for name, scale in plan.space.items()
             }
-        first = sum(plan.sizes()[: self.index])
-        self.numbers = range(first, first + plan.sizes()[self.index])
-        self._seen: dict[Any, tuple[Any, float, float]] = {}
-        self._join()
+        self._beats: dict[int, tuple[Any, float, float]] = {}
+        self._join(few)
 
-    def _join(self) -> None:
+    def _join(self, few: Sequence[Record]) -> None:
         name = f"{self.plan.study} {self.index + 1}"
-        created = True
         try:
             self.study: Any = self.optuna.create_study(storage=self.storage, study_name=name)
+            for record in few:
+                self.study.add_trial(self._carried(record))
         except self.optuna.exceptions.DuplicatedStudyError:
             self.study = self.optuna.load_study(storage=self.storage, study_name=name)
-            created = False
+            end = time.monotonic() + GRACE
+            while "plan" not in self.study.user_attrs and time.monotonic() < end:
+                time.sleep(POLL)  # its creator is about to write it
         about = self.plan.about()
-        end = time.monotonic() + GRACE
-        while not created and "plan" not in self.study.user_attrs and time.monotonic() < end:
-            time.sleep(POLL)  # whoever created it is about to write it
-        known = self.study.user_attrs.get("plan")
-        if known is None:
+        if "plan" not in self.study.user_attrs:
             self.study.set_user_attr("plan", about)
-        elif known != about:
-            key = next(key for key in about if known.get(key) != about[key])
-            raise DemoError(
-                f"{key}: expected {known.get(key)} as in the study {self.plan.study!r},"
-                f" got {about[key]}; another name makes another study"
-            )
-        if created:
-            for record in self.few:
-                self.study.add_trial(self._carried(record))
-            for number in self.numbers:
-                self._fill(number)
+        known = self.study.user_attrs["plan"]
+        for key, value in about.items():
+            if known.get(key) != value:
+                expected = f"{key}: expected {known.get(key)} as in the study {self.plan.study!r}"
+                raise DemoError(f"{expected}, got {value}; another name makes another study")
 
     def _carried(self, record: Record) -> FrozenTrial:
         """Return a finished trial of an earlier round, for the samplers and the pruner."""
+        steps = dict(enumerate(record.steps, 1))
+        # As SuccessiveHalvingPruner notes it, so that new trials compete with this one.
+        notes = {f"completed_rung_{k}": steps[step] for k, step in enumerate(rungs(len(steps)))}
         return self.optuna.create_trial(
-            value=record.value,
-            intermediate_values=dict(enumerate(record.steps, 1)),
-            user_attrs={"carried": record.number},
-            system_attrs={
-                # As SuccessiveHalvingPruner notes it, so that new trials compete with this one.
-                f"completed_rung_{rung}": record.steps[step - 1]
-                for rung, step in enumerate(rungs(len(record.steps)))
-            },
-            **self._encoded(record.params),
-        )
+            value=record.value, intermediate_values=steps, user_attrs={"carried": record.number},
+            system_attrs=notes, **self._encoded(record.params),
+        )  # fmt: skip
 
     def _encoded(self, params: Params) -> dict[str, Any]:
+        """Return arguments of Optuna's `create_trial`."""
+        known = {name: scale for name, scale in self.box.items() if name in params}
         return {
-            "params": {s.key(n): s.encode(params[n]) for n, s in self.box.items()},
-            "distributions": {s.key(n): s.distribution() for n, s in self.box.items()},
+            "params": {s.key(name): s.encode(params[name]) for name, s in known.items()},
+            "distributions": {s.key(name): s.distribution() for name, s in known.items()},
         }
 
-    def _fill(self, number: int, failed: FrozenTrial | None = None) -> None:
-        """Let a trial wait in a slot: a new one, or a copy of one that failed."""
-        content: dict[str, Any] = {}
-        if failed:
-            content = {"params": failed.params, "distributions": failed.distributions}
-        elif number == 0 and self.plan.start:
-            content = self._encoded(self.plan.start)
-        waiting = self.optuna.trial.TrialState.WAITING
-        self.study.add_trial(
-            self.optuna.create_trial(state=waiting, user_attrs={"slot": number}, **content)
-        )
-
-    def _trials(self) -> tuple[dict[int, FrozenTrial], dict[int, list[FrozenTrial]]]:
-        """Return the trial that counts in each slot, and the failed ones."""
+    def _slots(self) -> dict[int, tuple[FrozenTrial | None, list[FrozenTrial]]]:
+        """Return, for each slot, the trial that counts and those that failed."""
         counting: dict[int, FrozenTrial] = {}
         failed: dict[int, list[FrozenTrial]] = {number: [] for number in self.numbers}
         for trial in self.study.get_trials(deepcopy=False):
             number = trial.user_attrs.get("slot")
-            if number in failed:
-                if trial.state == self.optuna.trial.TrialState.FAIL:
-                    failed[number].append(trial)
-                else:
-                    counting.setdefault(number, trial)
-        return counting, failed
+            if number not in failed or trial.state == self.states.WAITING:
+                continue
+            if trial.state != self.states.FAIL:
+                counting.setdefault(number, trial)
+            elif "dropped" not in trial.user_attrs:
+                failed[number].append(trial)
+        return {number: (counting.get(number), failed[number]) for number in self.numbers}
 
     def records(self) -> list[Record]:
         """Return the trials as they are now."""
-        counting, failed = self._trials()
-        return [self._record(n, counting.get(n), failed[n]) for n in self.numbers]
+        return [self._record(n, *slot) for n, slot in self._slots().items()]
 
     def _record(self, number: int, trial: FrozenTrial | None, failed: list[FrozenTrial]) -> Record:
-        attempts = sum("worker" in t.user_attrs for t in [*failed, *([trial] if trial else [])])
-        if trial is None:
-            given_up = _lost(failed) >= ATTEMPTS
-            state, trial = ("failed", failed[-1]) if given_up else ("waiting", None)
-        else:
-            state = trial.state.name.lower()
-        if trial is None or state == "waiting":
-            return Record(number, self.index + 1, state, attempts=attempts)
-        params = {n: s.decode(trial.params[s.key(n)]) for n, s in self.box.items()
-                  if s.key(n) in trial.params}  # fmt: skip
-        return Record(
-            number,
-            self.index + 1,
-            state,
-            params={**self.plan.held, **params},
-            value=trial.value if trial.state.is_finished() and state != "failed" else None,
-            steps=[trial.intermediate_values[step] for step in sorted(trial.intermediate_values)],
-            seconds=trial.duration.total_seconds() if trial.duration else None,
-            worker=trial.user_attrs.get("worker", ""),
-            attempts=attempts,
-        )
+        attempts = len(failed) + bool(trial)
+        state = trial.state.name.lower() if trial else "failed"
+        if trial is None and not _given_up(failed):
+            return Record(number, self.index + 1, "waiting", attempts=attempts)
+        trial = trial or failed[-1]
+        drawn = {n: s.decode(trial.params[s.key(n)]) for n, s in self.box.items()
+                 if s.key(n) in trial.params}  # fmt: skip
+        steps = [value for _, value in sorted(trial.intermediate_values.items())]
+        seconds = trial.duration.total_seconds() if trial.duration else None
+        return Record(number, self.index + 1, state, {**self.plan.held, **drawn}, trial.value,
+                      steps, seconds, trial.user_attrs.get("worker", ""), attempts)  # fmt: skip
 
     def claim(self, worker: str) -> Trial | None:
-        """Take a trial that waits, if there is one."""
-        states = self.optuna.trial.TrialState
-        for waiting in self.study.get_trials(deepcopy=False, states=(states.WAITING,)):
-            try:
-                if not self.storage.set_trial_state_values(waiting._trial_id, states.RUNNING):
-                    continue  # another worker was faster
-                self.storage.set_trial_user_attr(waiting._trial_id, "worker", worker)
-                number = waiting.user_attrs["slot"]
-                if self._trials()[0][number].number < waiting.number:
-                    self.storage.set_trial_state_values(waiting._trial_id, states.FAIL)
-                    continue  # the slot was filled twice
-            except self.optuna.exceptions.UpdateFinishedTrialError:
-                continue
-            self.study.sampler = self._sampler(number)
-            return self.optuna.trial.Trial(self.study, waiting._trial_id)
-        return None
+        """Take an open slot, if there is one."""
+        choose: Callable[[list[int]], int] = min
+        while True:
+            slots = self._slots()
+            empty = [
+                n for n, (trial, failed) in slots.items() if not trial and not _given_up(failed)
+            ]
+            if not empty:
+                return None
+            number = choose(empty)
+            content = self._encoded(self.plan.start if number == 0 else {})
+            for before in slots[number][1]:
+                if before.params:
+                    content = {"params": before.params, "distributions": before.distributions}
+            content["user_attrs"] = {"slot": number, "worker": worker}
+            template = self.optuna.create_trial(state=self.states.RUNNING, **content)
+            mine = self.storage.create_new_trial(self.study._study_id, template)
+            counts = self._slots()[number][0]
+            if counts is not None and counts._trial_id == mine:
+                self.study.sampler = self._sampler(number)
+                return self.optuna.trial.Trial(self.study, mine)
+            self._fail(mine, "dropped")  # another worker was faster
+            choose = random.choice  # so that many workers do not all want the next one
 
     def _sampler(self, number: int) -> BaseSampler:
         """Return a sampler with random numbers of the slot's own."""
         seed = int(np.random.SeedSequence([self.plan.seed, number]).generate_state(1)[0])
         samplers = self.optuna.samplers
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
-            match self.plan.sampler:
-                case "tpe":
-                    # Trials that still run count as bad, so that workers do not crowd.
-                    return samplers.TPESampler(seed=seed, constant_liar=True)
-                case "cmaes":
-                    independent = samplers.RandomSampler(seed)
-                    return samplers.CmaEsSampler(
-                        seed=seed,
-                        independent_sampler=independent,
-                        warn_independent_sampling=False,
-                    )
-                case _:
-                    return samplers.RandomSampler(seed)
+        if self.plan.sampler == "tpe":
+            # Trials that still run count as bad, so that workers do not crowd.
+            return samplers.TPESampler(seed=seed, constant_liar=True)
+        at_random = samplers.RandomSampler(seed)
+        if self.plan.sampler == "random":
+            return at_random
+        options = {"independent_sampler": at_random, "warn_independent_sampling": False}
+        return samplers.CmaEsSampler(seed=seed, **options)
 
     def run(self, trial: Trial, tick: Callable[[], object]) -> None:
         """Run the objective of a claimed trial; a tick follows each value that it yields.
 
         If it raises, or the worker is told to end, another worker may have the trial.
         """
-        states = self.optuna.trial.TrialState
         try:
             with self._alive(trial):
                 params = {n: scale.suggest(trial, n) for n, scale in self.box.items()}
                 value = self._follow(trial, {**self.plan.held, **params}, tick)
-            if value is None:
-                self.study.tell(trial, state=states.PRUNED, skip_if_finished=True)
-            else:
-                self.study.tell(trial, value, skip_if_finished=True)
+            state = self.states.PRUNED if value is None else self.states.COMPLETE
+            self.study.tell(trial, value, state, skip_if_finished=True)
         except self.optuna.exceptions.UpdateFinishedTrialError:
             pass  # this worker counted as dead: the trial is another's
         except BaseException:
-            self.release(self.storage.get_trial(trial._trial_id))
+            self._fail(trial._trial_id, "released")
             raise
 
     def _follow(self, trial: Trial, params: Params, tick: Callable[[], object]) -> float | None:
@@ -320,47 +278,43 @@ class Round:
         if not isinstance(steps, GeneratorType):
             return _number(steps)
         value: float | None = None
-        try:
+        with closing(steps):
             for step, yielded in enumerate(steps, 1):
                 value = _number(yielded)
                 trial.report(value, step)
                 tick()
                 if self.plan.prune and self._hopeless(trial, step):
                     return None
-        finally:
-            steps.close()
         if value is None:
             raise ValueError("objective: expected at least one yield, got none")
         return value
 
     def _hopeless(self, trial: Trial, step: int) -> bool:
         """Halve successively: the worse half ends after a quarter of the steps and after half."""
-        complete = (self.optuna.trial.TrialState.COMPLETE,)
-        lengths = [t.last_step or 0 for t in self.study.get_trials(deepcopy=False, states=complete)]
-        at = rungs(max(lengths, default=0))
+        complete = self.study.get_trials(deepcopy=False, states=(self.states.COMPLETE,))
+        at = rungs(max((trial.last_step or 0 for trial in complete), default=0))
         if step not in at:
             return False
-        self.study.pruner = self.optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=at[0], reduction_factor=2
-        )
+        halving = self.optuna.pruners.SuccessiveHalvingPruner
+        self.study.pruner = halving(min_resource=at[0], reduction_factor=2)
         return bool(trial.should_prune())
+
+    # Optuna's heartbeats and its callback for retries work with relational databases only. These
+    # work with each of its storages.
 
     @contextmanager
     def _alive(self, trial: Trial) -> Iterator[None]:
         """Give signs of life while a trial runs."""
         done = threading.Event()
 
-        def beat() -> None:
-            for second in range(1, 10**9):
-                if done.wait(1):
+        def give() -> None:
+            for beat in itertools.count(1):
+                if done.wait(BEAT):
                     return
-                if orphaned():
-                    os.kill(os.getpid(), signal.SIGTERM)
-                if second % BEAT == 0:
-                    with suppress(Exception):  # the storage may be busy; the next one will do
-                        self.storage.set_trial_user_attr(trial._trial_id, "beat", second)
+                with suppress(Exception):  # the storage may be busy; the next one will do
+                    self.storage.set_trial_user_attr(trial._trial_id, "beat", beat)
 
-        thread = threading.Thread(target=beat, name="fastbn.tune")
+        thread = threading.Thread(target=give, name="fastbn.tune")
         thread.start()
         try:
             yield
@@ -368,63 +322,38 @@ class Round:
             done.set()
             thread.join()  # it may hold a lock on the storage
 
-    def release(self, trial: FrozenTrial, *, lost: bool = False) -> None:
-        """Let another worker have a running trial; lost: its worker died."""
-        try:
-            if lost:
-                self.storage.set_trial_user_attr(trial._trial_id, "lost", True)
-            failed = self.optuna.trial.TrialState.FAIL
-            self.storage.set_trial_state_values(trial._trial_id, failed)
-        except self.optuna.exceptions.UpdateFinishedTrialError:
-            return  # finished, or released by another
-        self._refill(trial.user_attrs["slot"])
+    def _fail(self, trial_id: int, why: str) -> None:
+        """Set a running trial to failed, which opens its slot again.
 
-    def release_all(self, worker: str, *, lost: bool = False) -> bool:
-        """Release what a worker runs, and return whether it ever claimed a trial."""
-        running = self.optuna.trial.TrialState.RUNNING
+        Why is "released", "lost" (its worker died) or "dropped" (another trial has the slot).
+        """
+        with suppress(self.optuna.exceptions.UpdateFinishedTrialError):
+            self.storage.set_trial_user_attr(trial_id, why, True)
+            self.storage.set_trial_state_values(trial_id, self.states.FAIL)
+
+    def release(self, worker: str, why: str = "released") -> bool:
+        """Open the slot that a worker has taken, and return whether it ever took one."""
         trials = self.study.get_trials(deepcopy=False)
         claimed = [trial for trial in trials if trial.user_attrs.get("worker") == worker]
         for trial in claimed:
-            if trial.state == running:
-                self.release(trial, lost=lost)
+            if trial.state == self.states.RUNNING:
+                self._fail(trial._trial_id, why)
         return bool(claimed)
 
-    def _refill(self, number: int) -> None:
-        counting, failed = self._trials()
-        if number not in counting and _lost(failed[number]) < ATTEMPTS:
-            begun = [trial for trial in failed[number] if trial.params]
-            self._fill(number, begun[-1] if begun else None)
-
-    def _running(self) -> list[FrozenTrial]:
-        running = (self.optuna.trial.TrialState.RUNNING,)
-        return [
-            trial
-            for trial in self.study.get_trials(deepcopy=False, states=running)
-            if "slot" in trial.user_attrs
-        ]
-
     def tend(self) -> None:
-        """Release the trials of dead workers, and fill slots that somebody died on filling."""
-        for trial in self._running():
-            # Beats are compared with each other, never clocks of two machines.
-            if self._unchanged(trial.number, trial.user_attrs.get("beat")):
-                self.release(trial, lost=True)
-        counting, _ = self._trials()
-        for number in self.numbers:
-            if self._unchanged(("slot", number), number in counting) and number not in counting:
-                self._refill(number)
+        """Open the slots of workers that have given no sign of life for the time of grace.
 
-    def _unchanged(self, key: Any, value: Any) -> bool:
-        """Return whether a value has been the same for the time of grace.
-
-        The time between two looks counts as a second at most: this process may have slept as long
-        as the one it watches.
+        Signs are compared with each other, never clocks of two machines. The time between two looks
+        counts as a second at most: this process may have slept as long as the one it watches.
         """
         now = time.monotonic()
-        last, at, waited = self._seen.get(key, (value, now, 0.0))
-        waited = waited + min(now - at, 1.0) if last == value else 0.0
-        self._seen[key] = value, now, waited
-        return waited >= GRACE
+        for trial in self.study.get_trials(deepcopy=False, states=(self.states.RUNNING,)):
+            beat = trial.user_attrs.get("beat")
+            last, at, waited = self._beats.get(trial._trial_id, (beat, now, 0.0))
+            waited = waited + min(now - at, 1.0) if beat == last else 0.0
+            self._beats[trial._trial_id] = beat, now, waited
+            if waited >= GRACE:
+                self._fail(trial._trial_id, "lost")
 
 
 class Search:
@@ -450,7 +379,7 @@ class Search:
 
     def work(self, worker: str, tick: Callable[[], object] = lambda: None) -> None:
         """Run trials until there is nothing left to do."""
-        while (current := self.current()) and not orphaned():
+        while current := self.current():
             tick()
             current.tend()
             trial = current.claim(worker)
@@ -467,14 +396,8 @@ def rungs(length: int) -> tuple[int, ...]:
     return (first, 2 * first) if first else ()
 
 
-def orphaned() -> bool:
-    """Return whether the process that started this worker is gone."""
-    parent = multiprocessing.parent_process()
-    return parent is not None and not parent.is_alive()
-
-
-def _lost(failed: Sequence[FrozenTrial]) -> int:
-    return Counter("lost" in trial.user_attrs for trial in failed)[True]
+def _given_up(failed: Sequence[FrozenTrial]) -> bool:
+    return sum("lost" in trial.user_attrs for trial in failed) >= ATTEMPTS
 
 
 def _number(value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -9,41 +10,31 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fastbn
 from fastbn.demo import DemoError, require
 from fastbn.demo.files import one_line
-from fastbn.tune.importance import importances
-from fastbn.tune.rounds import (
-    ATTEMPTS,
-    POLL,
-    SAMPLERS,
-    Box,
-    Objective,
-    Plan,
-    Record,
-    Search,
-    ranked,
-)
-from fastbn.tune.show import Show
+from fastbn.tune.rounds import ATTEMPTS, POLL, SAMPLERS, Objective, Plan, Record, Search, ranked
+from fastbn.tune.show import show
 from fastbn.tune.space import Params, Scale, Space, Value, tiers_of
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-# A tier is tuned if there are so many trials for each of its and the earlier hyper-parameters.
+# A tier is tuned if there are this many trials for each hyper-parameter up to and with it.
 TRIALS_EACH = 6
 THREADS = ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 SECONDS_TO_END = 10  # for a worker that is told to end
@@ -66,19 +57,42 @@ class Result:
     boxes : list of dict
         The part of the space that each round searched; without what was held.
     importances : dict
-        How much of the order of the trials each tuned hyper-parameter explains (fANOVA over ranks).
+        How much of the order of the trials each tuned hyper-parameter explains. This is a
+        functional analysis of variance over the ranks of the values: over the values themselves, a
+        few trials that diverged would explain everything. Trials that were stopped count with their
+        last value. The shares add up to 1. The dict is empty where all values are the same.
+
+    References
+    ----------
+    Hutter, Hoos, Leyton-Brown, An efficient approach for assessing hyperparameter importance,
+    ICML 2014.
     """
 
     best: Params
     value: float
     trials: list[Record]
     tiers: list[dict[str, Scale]]
-    boxes: list[Box]
+    boxes: list[Mapping[str, Scale]]
 
     @cached_property
     def importances(self) -> dict[str, float]:  # noqa: D102
+        optuna = require("optuna", "tune")
+        scales = self.boxes[0]
+        seen = [record for record in self.trials if record.value is not None]
+        order = sorted({record.sort_value for record in seen})
+        if len(order) < 2:
+            return {}
         with _quiet():
-            return importances(self.trials, self.boxes[0])
+            warnings.simplefilter("ignore")  # it warns of trees with few trials
+            study = optuna.create_study()
+            kinds = {name: scale.distribution() for name, scale in scales.items()}
+            for record in seen:
+                rank = float(order.index(record.sort_value))
+                params = {name: scale.encode(record.params[name]) for name, scale in scales.items()}
+                study.add_trial(optuna.create_trial(value=rank, params=params, distributions=kinds))
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        return {name: float(found.get(name, 0.0)) for name in scales}
 
 
 def search(
@@ -168,11 +182,10 @@ def search(
     True
     """
     tiers = tiers_of(space)
-    counts = {"trials": trials, "workers": workers, "seed": seed}
-    for name, count in counts.items():
-        low = 0 if name == "seed" else 1
-        if type(count) is not int or count < low:
-            raise DemoError(f"{name}: expected an integer from {low}, got {count!r}")
+    scales = {name: scale for tier in tiers for name, scale in tier.items()}
+    for name, count, least in (("trials", trials, 1), ("workers", workers, 1), ("seed", seed, 0)):
+        if type(count) is not int or count < least:
+            raise DemoError(f"{name}: expected an integer from {least}, got {count!r}")
     if sampler not in SAMPLERS:
         raise DemoError(f"sampler: expected {' or '.join(SAMPLERS)}, got {sampler!r}")
     if rounds is None:
@@ -181,45 +194,37 @@ def search(
         raise DemoError(f"rounds: expected an integer from 1 to {trials} trials, got {rounds!r}")
     if not callable(objective):
         raise TypeError(f"objective: expected a function, got {objective!r}")
-    start = _checked(start, tiers)
+    if start is not None and start.keys() != scales.keys():
+        got = ", ".join(start) or "nothing"
+        raise DemoError(f"start: expected {', '.join(scales)}, got {got}")
+    start = dict(start or {})
+    for name, value in start.items():
+        if value not in scales[name]:
+            raise DemoError(f"start: {name}: expected a value of {scales[name]}, got {value!r}")
     tuned = tuned_of(tiers, trials)
-    held = {
-        name: start[name] if start else scale.at(0.5)
-        for tier in tiers
-        for name, scale in tier.items()
-        if name not in tuned
-    }
+    held = {n: start[n] if start else s.at(0.5) for n, s in scales.items() if n not in tuned}
     plan = Plan(objective, tuned, held, start, trials, rounds, sampler, prune, seed, study)
-    show = Show(trials) if progress else None
-    with _quiet(), _somewhere(storage, workers) as url, opened(url) as shared:
-        process = Search(plan, shared)
-        with show or nullcontext():
-            tick: Callable[[], object] = (
-                (lambda: show.update(process.records())) if show else (lambda: None)
-            )
-            if workers == 1:
-                process.work(f"{_here()}-0", tick)
-            else:
-                _supervise(process, url, workers, tick)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        if storage is None and workers > 1:
+            storage = str(Path(stack.enter_context(tempfile.TemporaryDirectory()), "journal"))
+        process = Search(plan, stack.enter_context(opened(storage)))
+        tell = stack.enter_context(show(trials)) if progress else None
+
+        def tick() -> None:
+            if tell:
+                tell(process.records())
+
+        if workers == 1:
+            process.work(f"{_here()}-0", tick)
+        else:
+            _supervise(process, storage, workers, tick)
         records = process.records()
     best = next(iter(ranked(records)), None)
     if not best:
         raise DemoError(f"objective: expected a finite number, got none in {trials} trials")
     boxes = [each.box for each in process.rounds]
     return Result(best.params, best.sort_value, records, tiers, boxes)
-
-
-def _checked(start: Mapping[str, Value] | None, tiers: list[dict[str, Scale]]) -> Params:
-    """Return the configuration to start from, empty if there is none."""
-    if start is None:
-        return {}
-    known = {name: scale for tier in tiers for name, scale in tier.items()}
-    if start.keys() != known.keys():
-        raise DemoError(f"start: expected {', '.join(known)}, got {', '.join(start) or 'nothing'}")
-    for name, value in start.items():
-        if value not in known[name]:
-            raise DemoError(f"start: {name}: expected a value of {known[name]}, got {value!r}")
-    return dict(start)
 
 
 def tuned_of(tiers: list[dict[str, Scale]], trials: int) -> dict[str, Scale]:
@@ -234,96 +239,66 @@ def tuned_of(tiers: list[dict[str, Scale]], trials: int) -> dict[str, Scale]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Optuna from reporting what is shown anyway."""
-    logging = require("optuna", "tune").logging
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    """Keep Optuna from reporting what is shown anyway, and that parts of it are experimental."""
+    optuna = require("optuna", "tune")
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
     finally:
-        logging.set_verbosity(before)
-
-
-def _somewhere(storage: str | None, workers: int) -> AbstractContextManager[str | None]:
-    """Return the storage, or a temporary one where several processes need one."""
-    if storage is not None or workers == 1:
-        return nullcontext(storage)
-
-    @contextmanager
-    def temporary() -> Iterator[str]:
-        with tempfile.TemporaryDirectory() as folder:
-            yield str(Path(folder, "journal"))
-
-    return temporary()
+        optuna.logging.set_verbosity(before)
 
 
 @contextmanager
 def opened(url: str | None) -> Iterator[BaseStorage]:
     """Open a storage, and close it in the end."""
-    try:
-        storage, close = _open(url)
-    except DemoError:
-        raise
-    except Exception as error:  # each kind of storage has its own ones
-        why = (str(error).splitlines() or [type(error).__name__])[0]  # the SQL stands below
-        raise DemoError(f"storage: {url}: cannot be used: {why}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            storage = _open(url, stack)
+        except DemoError:
+            raise
+        except Exception as error:  # each kind of storage has its own errors
+            why = (str(error).splitlines() or [type(error).__name__])[0]  # the SQL stands below
+            raise DemoError(f"storage: {url}: cannot be used: {why}") from error
         yield storage
-    finally:
-        close()
 
 
-def _open(url: str | None) -> tuple[BaseStorage, Callable[[], object]]:
-    optuna = require("optuna", "tune")
-    storages = optuna.storages
+def _open(url: str | None, stack: ExitStack) -> BaseStorage:
+    storages = require("optuna", "tune").storages
     if url is None:
-        return storages.InMemoryStorage(), lambda: None
+        return storages.InMemoryStorage()
     scheme, separator, rest = url.partition("://")
     if not separator:
         Path(url).resolve().parent.mkdir(parents=True, exist_ok=True)
         # Symbolic links, Optuna's own choice, need a privilege on Windows.
         lock = storages.journal.JournalFileOpenLock(url)
-        backend = storages.journal.JournalFileBackend(url, lock)
-        return storages.JournalStorage(backend), lambda: None
+        return storages.JournalStorage(storages.journal.JournalFileBackend(url, lock))
     if scheme == "grpc":
         require("grpc", "servers")
         host, _, port = rest.rpartition(":")
         if not host or not port.isdecimal():
             raise DemoError(f"storage: expected grpc://HOST:PORT, got {url}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            proxy = storages.GrpcStorageProxy(host=host, port=int(port))
+        proxy = storages.GrpcStorageProxy(host=host, port=int(port))
         proxy.wait_server_ready(timeout=10)
-        return proxy, proxy.close
+        stack.callback(proxy.close)
+        return proxy
     if scheme == "postgresql":
         require("psycopg", "servers")
         url = f"postgresql+psycopg://{rest}"  # SQLAlchemy's default driver has changed once
-    return _open_database(url)
-
-
-def _open_database(url: str) -> tuple[BaseStorage, Callable[[], object]]:
-    storages = require("optuna", "tune").storages
-    sqlite = url.startswith("sqlite")
-    options = {"connect_args": {"timeout": 60}} if sqlite else {}
-    for attempt in range(5):
+    options = {"connect_args": {"timeout": 60}} if scheme.startswith("sqlite") else {}
+    for attempt in itertools.count(1):
         try:
             database = storages.RDBStorage(url, engine_kwargs=options)
             break
-        except Exception:
+        except Exception as error:
             # Two that open a new database at once disagree on who creates the tables.
-            if attempt == 4 or isinstance(sys.exc_info()[1], ImportError):
+            if attempt == 5 or isinstance(error, ImportError):
                 raise
             time.sleep(POLL)
-    if sqlite:
-        # SQLite locks when a transaction writes first, so that two could claim the same trial
-        # after having read that it waits. Locked from the beginning they cannot.
-        event = require("sqlalchemy.event", "tune")
-        database.engine.dispose()
-        event.listen(
-            database.engine, "connect", lambda raw, _: setattr(raw, "isolation_level", None)
-        )
-        event.listen(database.engine, "begin", lambda each: each.exec_driver_sql("BEGIN IMMEDIATE"))
-    return storages.get_storage(database), database.engine.dispose
+    stack.callback(database.engine.dispose)
+    return storages.get_storage(database)
 
 
 def _here() -> str:
@@ -331,54 +306,25 @@ def _here() -> str:
     return f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
 
 
-class _Worker:
-    """A process that works, as its parent sees it."""
-
-    def __init__(self, plan: Plan, url: str | None, name: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self.failure, sender = context.Pipe(duplex=False)
-        self.process: BaseProcess = context.Process(
-            target=_work, args=(plan, url, name, sender), name=name
-        )
-        self.process.start()
-        sender.close()
-
-    def why(self) -> tuple[str, str] | None:
-        """Return the error that ended it and its traceback, None if it just died."""
-        with suppress(EOFError, OSError):
-            if self.failure.poll():
-                error: tuple[str, str] = self.failure.recv()
-                return error
-        return None
-
-    def close(self) -> None:
-        """Let go of a process that has ended."""
-        self.failure.close()
-        self.process.join()
-        self.process.close()
-
-
 def _work(plan: Plan, url: str | None, name: str, failure: Connection) -> None:
     """Be a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, and ends us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it ends its trial in order
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         with _quiet(), opened(url) as storage:
             Search(plan, storage).work(name)
+    except DemoError as error:
+        failure.send((str(error), ""))
     except Exception as error:
-        text = (
-            one_line(error)
-            if isinstance(error, DemoError)
-            else (f"objective: {type(error).__name__}: {one_line(error)}")
-        )
-        failure.send((text, "" if isinstance(error, DemoError) else traceback.format_exc()))
-        raise SystemExit(1) from None
+        text = f"objective: {type(error).__name__}: {one_line(error)}"
+        failure.send((text, traceback.format_exc()))
 
 
-def _end(number: int, frame: object) -> None:  # noqa: ARG001
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(1)
+def _end_with_the_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[], object]) -> None:
@@ -386,59 +332,54 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
     try:
         pickle.dumps(search.plan)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
-        raise DemoError(
-            f"objective: expected a function of a module, for {workers} workers: {one_line(error)}"
-        ) from error
-    here, started, idle_deaths = _here(), 0, 0
-    alive: list[_Worker] = []
+        expected = f"expected a function of a module, for {workers} workers"
+        raise DemoError(f"objective: {expected}: {one_line(error)}") from error
+    context = multiprocessing.get_context("spawn")
+    here, started, idle_deaths = _here(), itertools.count(), 0
+    alive: dict[Connection, SpawnProcess] = {}
     try:
-        while (current := search.current()) is not None:
-            with _divided(workers):
-                while len(alive) < workers:
-                    alive.append(_Worker(search.plan, url, f"{here}-{started}"))
-                    started += 1
+        while current := search.current():
+            while len(alive) < workers:
+                name = f"{here}-{next(started)}"
+                failure, sender = context.Pipe(duplex=False)
+                plan = (search.plan, url, name, sender)
+                process = context.Process(target=_work, args=plan, name=name)
+                with _divided(workers), sender:
+                    process.start()
+                alive[failure] = process
             tick()
-            wait([worker.process.sentinel for worker in alive], timeout=POLL)
+            ready = wait(list(alive), timeout=POLL)
             current.tend()
-            for worker in [w for w in alive if not w.process.is_alive()]:
-                if search.current() is None:
-                    break
-                alive.remove(worker)
-                why, code = worker.why(), worker.process.exitcode
-                worker.close()
-                if why:
-                    failure = DemoError(why[0])
-                    failure.add_note(why[1])
-                    raise failure
-                worked = [each.release_all(worker.name, lost=True) for each in search.rounds]
-                idle_deaths = 0 if any(worked) or code == 0 else idle_deaths + 1
+            # A child of a dead worker may hold its pipe open, so that the pipe is never ready.
+            for failure in [f for f in alive if f in ready or not alive[f].is_alive()]:
+                process = alive.pop(failure)
+                with failure, suppress(EOFError, OSError):
+                    if failure.poll():  # a worker that was killed or is done sends nothing
+                        text, trace = failure.recv()
+                        told = DemoError(text)
+                        told.add_note(trace)
+                        raise told
+                process.join()
+                worked = [each.release(process.name, "lost") for each in search.rounds]
+                idle_deaths = 0 if any(worked) or process.exitcode == 0 else idle_deaths + 1
                 if idle_deaths == ATTEMPTS:
-                    raise DemoError(
-                        f"workers: {ATTEMPTS} ended before their first trial, the last with exit"
-                        f" code {code}; is the search started from a file,"
-                        ' under `if __name__ == "__main__":`?'
-                    )
+                    ended = f"{ATTEMPTS} ended before their first trial, the last with exit code"
+                    guard = 'started from a file, under `if __name__ == "__main__":`?'
+                    raise DemoError(f"workers: {ended} {process.exitcode}; is the search {guard}")
         tick()
     except BaseException:
-        _stop(alive)
-        for each in search.rounds:
-            for worker in alive:
-                each.release_all(worker.name)
+        for process in alive.values():
+            process.terminate()
+        for process in alive.values():
+            process.join(SECONDS_TO_END)
+            process.kill()
+            for each in search.rounds:
+                each.release(process.name)
         raise
     finally:
-        for worker in alive:
-            worker.close()
-
-
-def _stop(workers: list[_Worker]) -> None:
-    """End processes: asked first, so that they release what they hold, then by force."""
-    for worker in workers:
-        worker.process.terminate()
-    end = time.monotonic() + SECONDS_TO_END
-    for worker in workers:
-        worker.process.join(max(end - time.monotonic(), 0))
-        worker.process.kill()
-        worker.process.join()
+        for failure, process in alive.items():
+            process.join()
+            failure.close()
 
 
 @contextmanager
@@ -447,14 +388,12 @@ def _divided(workers: int) -> Iterator[None]:
 
     NumPy's libraries and fastbn read these when they are loaded.
     """
+    before = {name: os.environ[name] for name in THREADS if name in os.environ}
     share = str(max(1, fastbn.get_num_threads() // workers))
-    before: dict[str, Any] = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, share))
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in THREADS:
+            del os.environ[name]
+        os.environ.update(before)

@@ -3,87 +3,71 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 from fastbn.demo import require
 from fastbn.tune.rounds import Record, ranked
 from fastbn.tune.space import Params
 
+Update: TypeAlias = Callable[[Sequence[Record]], None]
+
 ROWS = 8
 
 
-class Show:
-    """What has been shown of a search."""
+@contextmanager
+def show(trials: int) -> Iterator[Update]:
+    """Return a function that shows how things stand."""
+    if not require("rich.console", "tune").Console().is_terminal:
+        yield _lines(trials)
+        return
+    before: list[int] = []  # how many trials were finished when the search was resumed
+    began = time.monotonic()
 
-    def __init__(self, trials: int) -> None:
-        self.trials = trials
-        self.told: set[int] = set()
-        self.began = time.monotonic()
-        self.finished_before: int | None = None
-        self.live: Any = None
-
-    def __enter__(self) -> None:
-        rich = require("rich.console", "tune")
-        if rich.Console().is_terminal:
-            self.live = require("rich.live", "tune").Live(auto_refresh=False, transient=True)
-            self.live.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.live:
-            self.live.stop()
-
-    def update(self, records: Sequence[Record]) -> None:
-        """Show how things stand."""
-        finished = [record for record in records if record.finished]
-        if self.finished_before is None:  # of a study that is resumed
-            self.finished_before = len(finished)
-        if self.live:
-            self.live.update(self._table(records, finished), refresh=True)
-            return
-        for record in finished:
-            if record.number not in self.told:
-                self.told.add(record.number)
-                count = f"{len(self.told):{len(str(self.trials))}}/{self.trials}"
-                print(f"{count}  {line(record)}", flush=True)
-
-    def _table(self, records: Sequence[Record], finished: Sequence[Record]) -> Any:
-        table = require("rich.table", "tune").Table(
-            title=self._title(finished), title_justify="left"
-        )
-        running = [record for record in records if record.state == "running"]
-        names = next((list(r.params) for r in [*running, *finished] if r.params), [])
-        for heading in ("trial", "round", "state", "value", "epochs", *names):
-            table.add_column(heading, justify="left" if heading == "state" else "right")
-        best = ranked(records)[:1]
-        rows = [*best, *running, *reversed(finished)]
-        for row in list(dict.fromkeys(r.number for r in rows))[: ROWS + len(running)]:
-            record = next(r for r in rows if r.number == row)
-            value = record.steps[-1] if record.steps and record.value is None else record.value
-            table.add_row(
-                str(record.number),
-                str(record.round),
-                "best" if record in best else record.state,
-                "" if value is None else f"{value:.4g}",
-                str(len(record.steps) or ""),
-                *(shown(record.params.get(name, "")) for name in names),
-                style="bold" if record in best else None,
-            )
-        return table
-
-    def _title(self, finished: Sequence[Record]) -> str:
-        title = f"{len(finished)} of {self.trials} trials"
-        new = len(finished) - (self.finished_before or 0)
-        if new and len(finished) < self.trials:
-            left = (time.monotonic() - self.began) / new * (self.trials - len(finished))
+    def update(records: Sequence[Record]) -> None:
+        finished = sum(record.finished for record in records)
+        before.append(finished)
+        title = f"{finished} of {trials} trials"
+        new = finished - before[0]
+        if new and finished < trials:
+            left = (time.monotonic() - began) / new * (trials - finished)
             title += f", about {left // 60:.0f} min {left % 60:.0f} s left"
-        return title
+        live.update(_table(records, title), refresh=True)
+
+    with require("rich.live", "tune").Live(auto_refresh=False, transient=True) as live:
+        yield update
+
+
+def _lines(trials: int) -> Update:
+    told: set[int] = set()
+
+    def update(records: Sequence[Record]) -> None:
+        for record in records:
+            if record.finished and record.number not in told:
+                told.add(record.number)
+                print(f"{len(told):{len(str(trials))}}/{trials}  {line(record)}", flush=True)
+
+    return update
+
+
+def _table(records: Sequence[Record], title: str) -> Any:
+    table = require("rich.table", "tune").Table(title=title, title_justify="left")
+    running = [record for record in records if record.state == "running"]
+    finished = [record for record in reversed(records) if record.finished]
+    names = next((list(r.params) for r in [*running, *finished] if r.params), [])
+    for heading in ("trial", "round", "state", "value", "epochs", *names):
+        table.add_column(heading, justify="left" if heading == "state" else "right")
+    best = ranked(records)[:1]
+    rows = {record.number: record for record in [*best, *running, *finished]}
+    for record in list(rows.values())[: ROWS + len(running)]:
+        state, style = ("best", "bold") if record in best else (record.state, None)
+        last = record.steps[-1] if record.steps else ""
+        value = last if record.value is None else record.value
+        params = (record.params.get(name, "") for name in names)
+        cells = (record.number, record.round, state, value, len(record.steps) or "", *params)
+        table.add_row(*map(shown, cells), style=style)
+    return table
 
 
 def line(record: Record) -> str:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from fastbn.demo import require
 
@@ -27,6 +27,8 @@ class Scale(ABC):
     A random search draws uniformly between the positions 0 and 1.
     """
 
+    optuna: ClassVar[str]  # Optuna's name of the kind: Float, Int or Categorical
+
     @abstractmethod
     def at(self, position: float) -> Any:
         """Return the value at a position from 0 to 1, exactly the bounds at 0 and 1."""
@@ -35,9 +37,9 @@ class Scale(ABC):
     def position(self, value: Any) -> float:
         """Return where a value lies, from 0 to 1: the inverse of `at`."""
 
-    @abstractmethod
     def ticks(self) -> list[Any]:
         """Return a few values to label an axis with."""
+        return list(dict.fromkeys(self.at(k / 4) for k in range(5)))
 
     @abstractmethod
     def zoom(self, values: Iterable[Any], box: Any) -> Scale:
@@ -46,7 +48,7 @@ class Scale(ABC):
     @abstractmethod
     def __contains__(self, value: object) -> bool: ...
 
-    # What Optuna knows of it: a name of its own, a number there, a way to ask for one.
+    # Optuna has its own name of the hyper-parameter, its own value, and a distribution of them.
 
     def key(self, name: str) -> str:
         """Return Optuna's name of the hyper-parameter."""
@@ -60,13 +62,19 @@ class Scale(ABC):
         """Return our value for Optuna's."""
         return encoded
 
-    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of Optuna's distribution."""
+        return vars(self)
+
     def distribution(self) -> Any:
         """Return Optuna's distribution."""
+        distributions = require("optuna", "tune").distributions
+        return getattr(distributions, f"{self.optuna}Distribution")(**self.arguments())
 
-    @abstractmethod
     def suggest(self, trial: Trial, name: str) -> Any:
         """Let a trial of Optuna choose a value."""
+        suggest = getattr(trial, f"suggest_{self.optuna.lower()}")
+        return self.decode(suggest(self.key(name), **self.arguments()))
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,9 @@ class Uniform(Scale):
 
     low: float
     high: float
+    optuna = "Float"
+    forth: ClassVar[Any] = staticmethod(float)  # a function to where the values are uniform
+    back: ClassVar[Any] = staticmethod(float)
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
@@ -87,79 +98,52 @@ class Uniform(Scale):
         if not self.low < self.high:
             raise ValueError(f"high: expected a number above low = {self.low:g}, got {self.high:g}")
 
-    @staticmethod
-    def _forth(value: float) -> float:
-        return value
-
-    @staticmethod
-    def _back(r: float) -> float:
-        return r
-
     def at(self, position: float) -> float:
         if position in (0, 1):  # the way there and back would round
             return self.high if position else self.low
-        start, end = self._forth(self.low), self._forth(self.high)
-        return min(max(self._back(start + position * (end - start)), self.low), self.high)
+        start, end = self.forth(self.low), self.forth(self.high)
+        value = float(self.back(start + position * (end - start)))
+        return min(max(value, self.low), self.high)
 
     def position(self, value: float) -> float:
         if value in (self.low, self.high):
             return float(value == self.high)
-        start, end = self._forth(self.low), self._forth(self.high)
-        return min(max((self._forth(value) - start) / (end - start), 0.0), 1.0)
-
-    def ticks(self) -> list[float]:
-        return [float(f"{self.low + (self.high - self.low) * k / 4:.3g}") for k in range(5)]
+        start, end = self.forth(self.low), self.forth(self.high)
+        position = float((self.forth(value) - start) / (end - start))
+        return min(max(position, 0.0), 1.0)
 
     def zoom(self, values: Iterable[float], box: Uniform) -> Uniform:
-        values = list(values)
-        margin = MARGIN * (self.position(box.high) - self.position(box.low))
+        values, margin = list(values), MARGIN * (self.position(box.high) - self.position(box.low))
         low, high = min(values), max(values)
-        return type(self)(
-            min(self.at(max(self.position(low) - margin, 0)), low),
-            max(self.at(min(self.position(high) + margin, 1)), high),
-        )
+        below = self.at(max(self.position(low) - margin, 0))
+        above = self.at(min(self.position(high) + margin, 1))
+        return type(self)(min(below, low), max(above, high))
 
     def __contains__(self, value: object) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and self.low <= value <= self.high  # type: ignore[operator]
 
-    def distribution(self) -> Any:
-        return require("optuna", "tune").distributions.FloatDistribution(self.low, self.high)
-
-    def suggest(self, trial: Trial, name: str) -> float:
-        theirs = self.distribution()
-        value = trial.suggest_float(self.key(name), theirs.low, theirs.high, log=theirs.log)
-        return float(self.decode(value))
-
 
 class LogUniform(Uniform):
     """See `log_uniform`."""
+
+    forth = staticmethod(math.log10)
+    back = staticmethod(lambda r: 10.0**r)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.low <= 0:
             raise ValueError(f"low: expected a number above 0, got {self.low:g}")
 
-    @staticmethod
-    def _forth(value: float) -> float:
-        return math.log10(value)
-
-    @staticmethod
-    def _back(r: float) -> float:
-        return float(10**r)
-
-    def ticks(self) -> list[float]:
-        first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-        decades = {float(f"1e{exponent}") for exponent in range(first, last + 1)}
-        return sorted({self.low, *decades, self.high})
-
-    def distribution(self) -> Any:
-        optuna = require("optuna", "tune")
-        return optuna.distributions.FloatDistribution(self.low, self.high, log=True)
+    def arguments(self) -> dict[str, Any]:
+        return {"low": self.low, "high": self.high, "log": True}
 
 
 class OneMinusLogUniform(Uniform):
     """See `one_minus_log_uniform`."""
+
+    forth = staticmethod(lambda value: math.log10(1 - value))
+    back = staticmethod(lambda r: 1 - 10.0**r)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,18 +151,6 @@ class OneMinusLogUniform(Uniform):
             raise ValueError(f"low: expected a number from 0, got {self.low:g}")
         if self.high >= 1:
             raise ValueError(f"high: expected a number below 1, got {self.high:g}")
-
-    @staticmethod
-    def _forth(value: float) -> float:
-        return math.log10(1 - value)
-
-    @staticmethod
-    def _back(r: float) -> float:
-        return float(1 - 10**r)
-
-    def ticks(self) -> list[float]:
-        nines = [float(f"0.{'9' * count}") for count in range(1, 8)]
-        return sorted({self.low, *(n for n in nines if self.low <= n <= self.high), self.high})
 
     # Optuna has no such distribution, but 1 - value it can draw.
 
@@ -194,9 +166,8 @@ class OneMinusLogUniform(Uniform):
                 return bound
         return min(max(1 - encoded, self.low), self.high)
 
-    def distribution(self) -> Any:
-        optuna = require("optuna", "tune")
-        return optuna.distributions.FloatDistribution(1 - self.high, 1 - self.low, log=True)
+    def arguments(self) -> dict[str, Any]:
+        return {"low": 1 - self.high, "high": 1 - self.low, "log": True}
 
 
 @dataclass(frozen=True)
@@ -205,6 +176,7 @@ class Integer(Scale):
 
     low: int
     high: int
+    optuna = "Int"
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
@@ -219,27 +191,13 @@ class Integer(Scale):
     def position(self, value: int) -> float:
         return min(max((value - self.low) / (self.high - self.low or 1), 0.0), 1.0)
 
-    def ticks(self) -> list[int]:
-        step = max(1, round((self.high - self.low) / 5))
-        return list(range(self.low, self.high + 1, step))
-
     def zoom(self, values: Iterable[int], box: Integer) -> Integer:
-        values = list(values)
-        margin = MARGIN * (box.high - box.low + 1)
-        return Integer(
-            max(math.ceil(min(values) - margin), self.low),
-            min(math.floor(max(values) + margin), self.high),
-        )
+        values, margin = list(values), MARGIN * (box.high - box.low + 1)
+        low, high = math.ceil(min(values) - margin), math.floor(max(values) + margin)
+        return Integer(max(low, self.low), min(high, self.high))
 
     def __contains__(self, value: object) -> bool:
         return type(value) is int and self.low <= value <= self.high
-
-    def distribution(self) -> Any:
-        return require("optuna", "tune").distributions.IntDistribution(self.low, self.high)
-
-    def suggest(self, trial: Trial, name: str) -> int:
-        value: int = trial.suggest_int(name, self.low, self.high)
-        return value
 
 
 @dataclass(frozen=True)
@@ -247,6 +205,7 @@ class Choice(Scale):
     """See `choice`."""
 
     options: tuple[Value, ...]
+    optuna = "Categorical"
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -274,12 +233,8 @@ class Choice(Scale):
     def __contains__(self, value: object) -> bool:
         return value in self.options
 
-    def distribution(self) -> Any:
-        return require("optuna", "tune").distributions.CategoricalDistribution(self.options)
-
-    def suggest(self, trial: Trial, name: str) -> Value:
-        value: Value = trial.suggest_categorical(name, self.options)
-        return value
+    def arguments(self) -> dict[str, Any]:
+        return {"choices": self.options}
 
 
 def uniform(low: float, high: float) -> Scale:
@@ -297,7 +252,7 @@ def uniform(low: float, high: float) -> Scale:
     Raises
     ------
     TypeError, ValueError
-        If a bound is not such a number; so for all scales.
+        If a bound is not such a number.
     """
     return Uniform(low, high)
 
@@ -418,9 +373,8 @@ def tiers_of(space: Space) -> list[dict[str, Scale]]:
             if not isinstance(name, str) or not name:
                 raise TypeError(f"space: expected names as keys, got {name!r}")
             if not isinstance(scale, Scale):
-                raise TypeError(
-                    f"space: {name}: expected a scale like log_uniform(1e-4, 1), got {scale!r}"
-                )
+                expected = f"space: {name}: expected a scale like log_uniform(1e-4, 1)"
+                raise TypeError(f"{expected}, got {scale!r}")
             if name in seen:
                 raise ValueError(f"space: expected each name once, got {name!r} in two tiers")
             seen.add(name)
