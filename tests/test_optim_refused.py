@@ -122,7 +122,9 @@ def test_arrays_that_overlap_are_found(name, turn):
 @pytest.mark.parametrize("turn", [1, -1])
 @pytest.mark.parametrize("name", APART)
 def test_arrays_that_interleave_or_touch_do_not_overlap(name, turn):
-    optim.SGD(layer_of(**{f"W{i}": a for i, a in enumerate(APART[name][::turn])}), lr=0.1)
+    layer = layer_of(**{f"W{i}": a for i, a in enumerate(APART[name][::turn])})
+    state = optim.SGD(layer, lr=0.1).state_dict()
+    assert {f"0.{name}.step" for name in layer.params} <= state.keys()
 
 
 def test_a_gradient_that_is_no_array_is_refused_by_the_step():
