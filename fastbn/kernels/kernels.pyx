@@ -35,7 +35,7 @@ from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from fastbn.kernels.job cimport APPLY, BACKWARD_FIXED, FORWARD, INFERENCE, Job
+from fastbn.kernels.job cimport APPLY, FORWARD, INFERENCE, Job
 from fastbn.kernels.loops cimport (
     LANES,
     MOST_RUNS,
@@ -44,8 +44,10 @@ from fastbn.kernels.loops cimport (
     Runs,
     Table,
     Wide,
+    above_zero,
     fence,
     fill,
+    leaky_relu,
     load,
     loops_for,
     prefetch_to_write,
@@ -54,23 +56,24 @@ from fastbn.kernels.loops cimport (
     square_root,
     store,
     sum_values,
-    where_less,
 )
 from fastbn.runtime.cpu cimport cache_size
 from fastbn.runtime.pool cimport share_out, threads_for
 
 cdef enum:
+    # These change bits, as does CANCELLED.
     BLOCK = 4096             # values of one channel in a block of runs
     BLOCK_OF_ROWS = 65536    # values in a block of rows, about,
     LEAST_ROWS = 128         # but at least so many rows
     MOST_ROWS = 512          # and at most so many
     SIDE = 8                 # rows that are summed side by side, half as many of two arrays
+    SHORT = 256              # values in a run that is summed by itself; half, of two arrays
+    MIN_WIDTH = 64           # values that a row has at least, where the array has as many
+    # These do not.
     AHEAD = 8192             # values that are fetched ahead meanwhile
     TILE = 4 << 20           # bytes in a tile of channels, about,
     SEGMENT = 128 << 10      # and contiguous bytes in it, at most
-    SHORT = 256              # values in a run that is summed by itself; half, of two arrays
     COLUMNS = 2048           # contiguous values of short runs that are summed side by side
-    MIN_WIDTH = 64           # values that a row has at least, where the array has as many
     PANEL = 4096             # values of a row that are taken at once, at least
     CHUNKS_PER_THREAD = 8    # pieces of work, where one can choose
     COEFFICIENTS = 5         # of a channel: see Table
@@ -107,6 +110,7 @@ cdef struct Walk:          # of one group of examples
     Py_ssize_t per_tile    # chunks in a tile, where its blocks are summed in several
     Panel panel
     # Scratch memory; see lay_out.
+    Py_ssize_t row         # channels in the table: all, or those of the first panel
     double* table          # coefficients of each channel; see table_of
     double* shifts         # by which x is shifted in sum(dy * x), a channel
     double* lane_shifts    # likewise, a lane of the panel
@@ -117,6 +121,15 @@ cdef struct Walk:          # of one group of examples
 cdef struct Scratch:       # memory that arrays are cut from; without it they are only counted
     double* memory
     Py_ssize_t reserved    # doubles
+
+
+cdef inline Py_ssize_t cut_into_chunks(
+    Walk* w, Py_ssize_t count, Py_ssize_t whole
+) noexcept nogil:
+    """Cut positions, or rows, into chunks of multiples of `whole`; return how many."""
+    cdef Py_ssize_t chunks = CHUNKS_PER_THREAD * w.threads if w.threads > 1 else 1
+    w.per_chunk = ceil_div(ceil_div(count, chunks), whole) * whole
+    return ceil_div(count, w.per_chunk)
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -156,9 +169,10 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
     """Give each array of a walk its memory."""
     cdef Job* job = w.job
     cdef Py_ssize_t columns = job.channels, start
+    w.panel.begin, w.row = 0, job.channels
     if job.inner < LANES:
         choose_panel(w, 0)
-        columns = w.panel.padded
+        columns, w.row = w.panel.padded, w.panel.end
         w.lane_shifts = w.origins = reserve(scratch, columns)  # only one of them is needed
         # Where stores to out are aligned, so shall be loads of the coefficients of their lanes.
         start = (<uintptr_t>job.out // job.itemsize) % LANES
@@ -166,18 +180,18 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
         w.lanes = <char*>w.lanes + start * (8 if w.loops.wide else 4)
     else:
         w.blocks = blocks_of_runs(job)
-    w.table = reserve(scratch, COEFFICIENTS * job.channels)
-    w.shifts = reserve(scratch, job.channels)
+    w.table = reserve(scratch, COEFFICIENTS * w.row)
     if takes_sums(job):
         w.sums = reserve(scratch, 2 * w.blocks * columns)
+        if job.dy != NULL:
+            w.shifts = reserve(scratch, job.channels)
 
 
 cdef inline Table table_of(const Walk* w) noexcept nogil:
-    cdef Py_ssize_t channels = w.job.channels
+    """Return the rows of the table, which begin with the first channel of the panel."""
     cdef Table table
-    table.center, table.scale = w.table, w.table + channels
-    table.shift = w.table + 2 * channels
-    table.slope, table.level = w.table + 3 * channels, w.table + 4 * channels
+    table.center, table.scale, table.shift = w.table, w.table + w.row, w.table + 2 * w.row
+    table.slope, table.level = w.table + 3 * w.row, w.table + 4 * w.row
     return table
 
 
@@ -195,7 +209,7 @@ cdef Py_ssize_t compute_group(
     if memory == NULL:
         return scratch.reserved
     w.shifted = False
-    if job.dy != NULL:
+    if job.dy != NULL and takes_sums(job):
         choose_shifts(&w)
     if job.inner < LANES:
         walk_rows(&w)
@@ -244,7 +258,7 @@ cdef void chunk_of_groups(void* groups, Py_ssize_t chunk) noexcept nogil:
 
 
 cdef bint past_cache(const Job* job, double bytes) noexcept nogil:
-    """Whether a result is so large, and no array that is read, that the cache is of no use."""
+    """Whether out is larger than its share of the cache, and none of the inputs."""
     return (
         bytes > PAST_CACHE * cache_size()
         and job.out != NULL and job.out != job.x and job.out != job.dy and job.out != job.residual

@@ -80,19 +80,16 @@ INLINE void add_packs(const Job& job, std::ptrdiff_t i, std::ptrdiff_t count,
 template <class T, class Body> INLINE void with_flags(const Job& job, bool shifted, Body body) {
     using Yes = std::true_type;
     using No = std::false_type;
+    auto choose = [&](auto is_shifted) {
+        if (!job.dy) body(No(), is_shifted, No());
+        else if (!job.signs) body(Yes(), is_shifted, No());
+        else body(Yes(), is_shifted, Yes());
+    };
     // Products with a slope other than 0 are not exact, nor are those of two float64.
-    if (!exact_products<T> || (job.dy && job.signs && job.slope != 0)) shifted = true;
-    if constexpr (exact_products<T>) {
-        if (!shifted) {
-            if (!job.dy) body(No(), No(), No());
-            else if (!job.signs) body(Yes(), No(), No());
-            else body(Yes(), No(), Yes());
-            return;
-        }
-    }
-    if (!job.dy) body(No(), Yes(), No());
-    else if (!job.signs) body(Yes(), Yes(), No());
-    else body(Yes(), Yes(), Yes());
+    if (job.dy && job.signs && job.slope != 0) shifted = true;
+    if constexpr (exact_products<T>)
+        if (!shifted) return choose(No());
+    choose(Yes());
 }
 
 template <class T, bool gradient, bool shifted, bool fused>
@@ -271,7 +268,7 @@ INLINE bool is_fused(const Job& job) {
 template <class T, bool gradient, bool fused>
 void write_runs(const Job& given, const Table& coefficients, std::ptrdiff_t begin,
                 std::ptrdiff_t end) {
-    const Job job = given;  // what is stored cannot change a copy of one's own
+    const Job job = given;  // a copy: the compiler then knows that no store to out changes it
     const Table table = coefficients;
     std::ptrdiff_t start = (end - 1) / job.inner * job.inner;  // of the last run
     std::ptrdiff_t channel = start / job.inner % job.channels;
@@ -336,11 +333,11 @@ void write_rows(const Job& given, const void* coefficients, std::ptrdiff_t row,
 template <class T> double value_at(const void* values, std::ptrdiff_t i) {
     return value_of(((const T*)values)[i]);
 }
+// Into an array with room for whole packs.
 template <class T>
 void widen_into(double* into, const void* values, std::ptrdiff_t i, std::ptrdiff_t count) {
-    for (; count >= LANES; count -= LANES, i += LANES, into += LANES)
-        store(into, load_wide((const T*)values + i, LANES), LANES);
-    if (count) store(into, load_wide((const T*)values + i, (int)count), (int)count);
+    for (; count > 0; count -= LANES, i += LANES, into += LANES)
+        store(into, load_wide((const T*)values + i, (int)(count < LANES ? count : LANES)), LANES);
 }
 // Coefficients as the precision of the elements has them.
 INLINE double rounded(double value, bool wide) { return wide ? value : (double)(float)value; }
@@ -372,11 +369,11 @@ void spread(const double* __restrict values, E* __restrict lanes, std::ptrdiff_t
                     sizeof(E) * (std::size_t)(length - done < width ? length - done : width));
 }
 template <class T, bool gradient>
-void spread_table(const Table& table, std::ptrdiff_t first, void* lanes, std::ptrdiff_t channels,
-                  std::ptrdiff_t inner, std::ptrdiff_t length) {
+void spread_table(const Table& table, void* lanes, std::ptrdiff_t channels, std::ptrdiff_t inner,
+                  std::ptrdiff_t length) {
     const double* rows[] = {table.center, table.scale, table.shift, table.slope, table.level};
     for (int i = 0; i < (gradient ? 5 : 3); i++)
-        spread(rows[i] + first, (Element<T>*)lanes + i * length, channels, inner, length);
+        spread(rows[i], (Element<T>*)lanes + i * length, channels, inner, length);
 }
 
 // ------------------------------------------------------------------------------------- one type
@@ -384,14 +381,14 @@ void spread_table(const Table& table, std::ptrdiff_t first, void* lanes, std::pt
 struct Loops {
     bool wide;            // whether elements are computed in float64; in float32 otherwise
     bool exact_products;  // whether those of two values are exact in float64
-    decltype(&sum_runs<float>) sum_runs;
-    decltype(&sum_columns<float>) sum_columns;
-    decltype(&write_runs<float, true, true>) write_runs;
-    decltype(&write_rows<float, true, true>) write_rows;
-    decltype(&spread_table<float, true>) spread_table;
-    decltype(&widen_into<float>) widen_into;
-    decltype(&value_at<float>) value_at;
-    decltype(&gradient_at<float>) gradient_at;
+    decltype(&fastbn::sum_runs<float>) sum_runs;
+    decltype(&fastbn::sum_columns<float>) sum_columns;
+    decltype(&fastbn::write_runs<float, true, true>) write_runs;
+    decltype(&fastbn::write_rows<float, true, true>) write_rows;
+    decltype(&fastbn::spread_table<float, true>) spread_table;
+    decltype(&fastbn::widen_into<float>) widen_into;
+    decltype(&fastbn::value_at<float>) value_at;
+    decltype(&fastbn::gradient_at<float>) gradient_at;
 };
 
 template <class T, bool gradient, bool fused> Loops loops_of() {

@@ -12,7 +12,8 @@ cdef extern from "loops.hpp" namespace "fastbn" nogil:
     Wide load(const double* p, int lanes)
     void store(double* p, Wide a, int lanes)
     Wide square_root(Wide a)
-    Wide where_less(Wide a, Wide b, Wide yes, Wide no)
+    unsigned above_zero(Wide a)
+    Wide leaky_relu(unsigned signs, Wide a, double slope)
     Wide rounded(Wide value, bint wide)
     double rounded(double value, bint wide)
     double sum_values(const double* values, Py_ssize_t count)
@@ -54,7 +55,7 @@ cdef extern from "loops.hpp" namespace "fastbn" nogil:
             const Job&, const void*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t
         ) noexcept nogil
         void (*spread_table)(
-            const Table&, Py_ssize_t, void*, Py_ssize_t, Py_ssize_t, Py_ssize_t
+            const Table&, void*, Py_ssize_t, Py_ssize_t, Py_ssize_t
         ) noexcept nogil
         void (*widen_into)(double*, const void*, Py_ssize_t, Py_ssize_t) noexcept nogil
         double (*value_at)(const void*, Py_ssize_t) noexcept nogil

@@ -48,9 +48,6 @@ template <class H> INLINE Twice<H> root(Twice<H> a) { return {root(a.lo), root(a
 template <class H> INLINE Twice<H> multiply_add(Twice<H> a, Twice<H> b, Twice<H> c) {
     return {multiply_add(a.lo, b.lo, c.lo), multiply_add(a.hi, b.hi, c.hi)};
 }
-template <class H> INLINE Twice<H> choose_less(Twice<H> a, Twice<H> b, Twice<H> yes, Twice<H> no) {
-    return {choose_less(a.lo, b.lo, yes.lo, no.lo), choose_less(a.hi, b.hi, yes.hi, no.hi)};
-}
 template <class H, class T> INLINE void set(Twice<H>& a, T value) {
     set(a.lo, value);
     set(a.hi, value);
@@ -107,10 +104,6 @@ template <class T> INLINE void store(T* p, Pack<T> a, int lanes) {
 template <class P> INLINE P join(P a, P b, int n) { return select((1u << n) - 1, a, b); }
 INLINE double sum_lanes(Pack<double> a) { return sum(a); }
 INLINE Pack<double> square_root(Pack<double> a) { return root(a); }
-// In each lane: a < b ? yes : no.
-INLINE Pack<double> where_less(Pack<double> a, Pack<double> b, Pack<double> yes, Pack<double> no) {
-    return choose_less(a, b, yes, no);
-}
 // sum + a * b where the product is exact, as that of two floats is in double: then it makes no
 // difference whether the machine rounds it before it adds.
 INLINE Pack<double> add_exact_product(Pack<double> sum, Pack<double> a, Pack<double> b) {

@@ -13,6 +13,7 @@
 
 #if defined(_MSC_VER)
 #include <intrin.h>
+#pragma fp_contract(off)  // before 2022 /fp:precise contracts a * b + c, which changes bits
 #endif
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__) || defined(_M_X64)
 #include <immintrin.h>
@@ -101,10 +102,7 @@ INLINE __mmask16 first16(int n) { return (__mmask16)((1u << n) - 1); }
 INLINE __mmask8 first8(int n) { return (__mmask8)((1u << n) - 1); }
 
 INLINE D multiply_add(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
-INLINE D choose_less(D a, D b, D yes, D no) {
-    return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
-}
-// Bits are of lanes, the lowest of the first. Above 0 is also what cannot be compared with it.
+// Bits are of lanes, the lowest of the first. NaN counts as above 0.
 INLINE unsigned above_zero(F a) {
     return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
 }
@@ -191,9 +189,6 @@ INLINE __m128i first4(int n) {
 }
 
 INLINE D multiply_add(D a, D b, D c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
-INLINE D choose_less(D a, D b, D yes, D no) {
-    return {_mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
-}
 INLINE unsigned above_zero(F a) {
     return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NLE_UQ));
 }
@@ -270,10 +265,6 @@ struct D { static constexpr int lanes = 2; __m128d v; };
 X86_REGISTERS(_mm)
 
 INLINE D multiply_add(D a, D b, D c) { return {_mm_add_pd(_mm_mul_pd(a.v, b.v), c.v)}; }
-INLINE D choose_less(D a, D b, D yes, D no) {
-    __m128d less = _mm_cmplt_pd(a.v, b.v);
-    return {_mm_or_pd(_mm_and_pd(less, yes.v), _mm_andnot_pd(less, no.v))};
-}
 INLINE unsigned above_zero(F a) {
     return (unsigned)_mm_movemask_ps(_mm_cmpnle_ps(a.v, _mm_setzero_ps()));
 }
@@ -316,9 +307,6 @@ INLINE D operator*(D a, D b) { return {vmulq_f64(a.v, b.v)}; }
 INLINE D operator/(D a, D b) { return {vdivq_f64(a.v, b.v)}; }
 INLINE D root(D a) { return {vsqrtq_f64(a.v)}; }
 INLINE D multiply_add(D a, D b, D c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
-INLINE D choose_less(D a, D b, D yes, D no) {
-    return {vbslq_f64(vcltq_f64(a.v, b.v), yes.v, no.v)};
-}
 INLINE Twice<D> widen(F a) {
     return {{vcvt_f64_f32(vget_low_f32(a.v))}, {vcvt_high_f64_f32(a.v)}};
 }
@@ -345,7 +333,6 @@ INLINE D operator*(D a, D b) { return {a.v * b.v}; }
 INLINE D operator/(D a, D b) { return {a.v / b.v}; }
 INLINE D root(D a) { return {std::sqrt(a.v)}; }
 INLINE D multiply_add(D a, D b, D c) { return {a.v * b.v + c.v}; }
-INLINE D choose_less(D a, D b, D yes, D no) { return a.v < b.v ? yes : no; }
 INLINE D widen(F a) { return {a.v}; }
 INLINE void set(F& a, float value) { a.v = value; }
 INLINE void set(D& a, double value) { a.v = value; }
@@ -385,11 +372,13 @@ INLINE D select(unsigned bits, D a, D b) { return select_each(bits, a, b, (doubl
 
 // Partial registers by way of memory, where the machine has no masks.
 template <class V, class T> INLINE void get(V& a, const T* p, int n) {
+    if (n == V::lanes) { get(a, p); return; }
     T buffer[V::lanes] = {};
     for (int i = 0; i < n; i++) buffer[i] = p[i];
     get(a, (const T*)buffer);
 }
 template <class V, class T> INLINE void put(T* p, V a, int n) {
+    if (n == V::lanes) { put(p, a); return; }
     T buffer[V::lanes];
     put(buffer, a);
     for (int i = 0; i < n; i++) p[i] = buffer[i];

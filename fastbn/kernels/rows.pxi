@@ -26,7 +26,7 @@ cdef inline Py_ssize_t rows_of_block_of_panel(const Panel* panel, Py_ssize_t ind
 cdef void moments_of_block(Walk* w, Columns columns, double* a, double* b) noexcept nogil:
     """Turn the sums of a block into its moments, after summing it again where they cancel."""
     cdef double per_row = 1.0 / columns.rows, limit = w.cancelled, m2
-    cdef double k[16]
+    cdef double k[16]  # LANES, which Cython does not take here
     cdef const double* origins = w.origins
     cdef Py_ssize_t j, start = columns.start, width = columns.width
     cdef int lane
@@ -104,11 +104,7 @@ cdef void merge_lanes(Walk* w, Py_ssize_t channel) noexcept nogil:
     cdef Py_ssize_t f, i, lane, s = statistic_of(job, channel)
     cdef Py_ssize_t first = (channel - panel.begin) * job.inner
     cdef Py_ssize_t last_row = panel.start + panel.full_rows * panel.stride
-    cdef double n = 0, lane_n, x, g
-    if job.operation == FORWARD:
-        job.mean[s], job.var[s], job.mean_low[s] = 0, 0, w.origins[first]
-    else:
-        job.dbeta[s] = job.dgamma[s] = 0
+    cdef double sum_a = 0, sum_b = 0, n = 0, lane_n, x, g
     for f in range(panel.fold):
         for i in range(job.inner):
             lane = f * (panel.end - panel.begin) * job.inner + first + i
@@ -118,17 +114,21 @@ cdef void merge_lanes(Walk* w, Py_ssize_t channel) noexcept nogil:
                     x = w.loops.value_at(job.x, last_row + lane) - w.origins[lane]
                     merge(&a[lane], &b[lane], lane_n, x, 0, 1)
                     lane_n += 1
-                x = w.origins[lane] - job.mean_low[s] + a[lane]
-                merge(&job.mean[s], &job.var[s], n, x, b[lane], lane_n)
+                x = w.origins[lane] - w.origins[first] + a[lane]
+                merge(&sum_a, &sum_b, n, x, b[lane], lane_n)
                 n += lane_n
             else:
-                job.dbeta[s] += a[lane]
-                job.dgamma[s] += b[lane]
+                sum_a += a[lane]
+                sum_b += b[lane]
                 if lane < panel.tail:
                     x = w.loops.value_at(job.x, last_row + lane) - w.lane_shifts[lane]
                     g = w.loops.gradient_at(job[0], last_row + lane)
-                    job.dbeta[s] += g
-                    job.dgamma[s] += g * x
+                    sum_a += g
+                    sum_b += g * x
+    if job.operation == FORWARD:
+        job.mean[s], job.var[s], job.mean_low[s] = sum_a, sum_b, w.origins[first]
+    else:
+        job.dbeta[s], job.dgamma[s] = sum_a, sum_b
 
 
 cdef void copy_lanes(Walk* w) noexcept nogil:
@@ -192,6 +192,7 @@ cdef void walk_rows(Walk* w) noexcept nogil:
     """Sum and write panel by panel."""
     cdef Job* job = w.job
     cdef Panel* panel = &w.panel
+    cdef Py_ssize_t chunks
     panel.end = 0
     while panel.end < job.channels:
         choose_panel(w, panel.end)
@@ -201,11 +202,10 @@ cdef void walk_rows(Walk* w) noexcept nogil:
         if job.out == NULL:
             continue
         w.loops.spread_table(
-            table_of(w), panel.begin, w.lanes, panel.end - panel.begin, job.inner, panel.wrapped
+            table_of(w), w.lanes, panel.end - panel.begin, job.inner, panel.wrapped
         )
         if panel.width == panel.stride:
-            share_out(
-                chunk_of_values, w, cut(w, job.outer * job.channels * job.inner), w.threads
-            )
+            chunks = cut_into_chunks(w, job.outer * job.channels * job.inner, 64)
+            share_out(chunk_of_values, w, chunks, w.threads)
         else:
-            share_out(chunk_of_panel_rows, w, cut(w, panel.full_rows), w.threads)
+            share_out(chunk_of_panel_rows, w, cut_into_chunks(w, panel.full_rows, 1), w.threads)

@@ -42,7 +42,7 @@ cdef Py_ssize_t choose_tile(Walk* w) noexcept nogil:
     """Return how many channels are summed and written before the next.
 
     Each example adds a segment of memory to the tile. Long ones spare the hardware the search for
-    the next one; all of them together should stay in a cache, and there should be tiles enough
+    the next one; all of them side_by_side should stay in a cache, and there should be tiles enough
     for all threads. Where a residual is read between them, the search is for two.
     """
     cdef Py_ssize_t twice = 1 if w.job.residual == NULL else 2
@@ -119,21 +119,21 @@ cdef void sum_tile(
     cdef Py_ssize_t index, c, upto = begin
     # How many channels to take at once. Runs of several blocks one after the other, for the sake
     # of a straight line through memory.
-    cdef Py_ssize_t some = end - begin if job.inner <= BLOCK else 1
+    cdef Py_ssize_t at_once = end - begin if job.inner <= BLOCK else 1
     cdef Py_ssize_t least = SHORT if job.dy == NULL else SHORT // 2
     cdef bint in_columns = job.inner < least and job.outer >= SIDE
-    cdef Py_ssize_t together = COLUMNS // job.inner if in_columns else <Py_ssize_t>MOST_RUNS
+    cdef Py_ssize_t side_by_side = COLUMNS // job.inner if in_columns else <Py_ssize_t>MOST_RUNS
     cdef Block block
     while upto < end:
-        begin, upto = upto, min(upto + some, end)
+        begin, upto = upto, min(upto + at_once, end)
         for index in range(first_block, end_block):
             block = block_of_runs(job, index)
             if w.loops.exact_products:
-                for c from begin <= c < upto by together:
+                for c from begin <= c < upto by side_by_side:
                     if in_columns:
-                        sum_short_runs(w, c, min(c + together, upto), block, index)
+                        sum_short_runs(w, c, min(c + side_by_side, upto), block, index)
                     else:
-                        sum_long_runs(w, c, min(c + together, upto), block, index, False, 0)
+                        sum_long_runs(w, c, min(c + side_by_side, upto), block, index, False, 0)
             for c in range(begin, upto):
                 finish_block(w, c, block, index)
 
@@ -143,22 +143,24 @@ cdef void finish_runs(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     cdef Job* job = w.job
     cdef Py_ssize_t c, s, i
     cdef double* sums
-    cdef double n, size
+    cdef double first, second, n, size
     for c in range(begin, end):
         s = statistic_of(job, c)
-        if job.operation == FORWARD:
-            n = job.mean[s] = job.var[s] = 0
-            job.mean_low[s] = w.loops.value_at(job.x, c * job.inner)
-            for i in range(w.blocks):
-                sums, size = sums_of(w, c, i), size_of(block_of_runs(job, i))
-                merge(&job.mean[s], &job.var[s], n, sums[0], sums[1], size)
+        first = second = n = 0
+        for i in range(w.blocks):
+            sums = sums_of(w, c, i)
+            if job.operation == FORWARD:
+                size = size_of(block_of_runs(job, i))
+                merge(&first, &second, n, sums[0], sums[1], size)
                 n += size
+            else:
+                first += sums[0]
+                second += sums[1]
+        if job.operation == FORWARD:
+            job.mean[s], job.var[s] = first, second
+            job.mean_low[s] = w.loops.value_at(job.x, c * job.inner)
         else:
-            job.dbeta[s] = job.dgamma[s] = 0
-            for i in range(w.blocks):
-                sums = sums_of(w, c, i)
-                job.dbeta[s] += sums[0]
-                job.dgamma[s] += sums[1]
+            job.dbeta[s], job.dgamma[s] = first, second
     make_coefficients(w, begin, end)
 
 
@@ -211,13 +213,6 @@ cdef void chunk_of_positions(void* walk, Py_ssize_t chunk) noexcept nogil:
         fence()
 
 
-cdef Py_ssize_t cut(Walk* w, Py_ssize_t count) noexcept nogil:
-    """Cut positions (or rows) into chunks of whole lines of the cache; return how many."""
-    cdef Py_ssize_t chunks = CHUNKS_PER_THREAD * w.threads if w.threads > 1 else 1
-    w.per_chunk = ceil_div(ceil_div(count, chunks), 64) * 64
-    return ceil_div(count, w.per_chunk)
-
-
 cdef void walk_runs(Walk* w) noexcept nogil:
     """Sum and write tile by tile, or first sum blocks and then write, in pieces for threads."""
     cdef Job* job = w.job
@@ -236,6 +231,5 @@ cdef void walk_runs(Walk* w) noexcept nogil:
         share_out(chunk_of_blocks, w, tiles * w.per_tile, w.threads)
         finish_runs(w, 0, job.channels)
     if job.out != NULL:
-        share_out(
-            chunk_of_positions, w, cut(w, job.outer * job.channels * job.inner), w.threads
-        )
+        tiles = cut_into_chunks(w, job.outer * job.channels * job.inner, 64)  # lines of the cache
+        share_out(chunk_of_positions, w, tiles, w.threads)

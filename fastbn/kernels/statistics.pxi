@@ -16,7 +16,7 @@ cdef void finish_moments(Job* job, Py_ssize_t begin, Py_ssize_t end) noexcept no
 
     So far the three hold the distance from the origin, the origin, and the sum of squares.
     """
-    cdef Wide count = fill(job.count), zero = fill(0.0), distance, origin, mean, part, m2
+    cdef Wide count = fill(job.count), distance, origin, mean, part, m2
     cdef Py_ssize_t c, s
     cdef int lanes
     for c from begin <= c < end by LANES:
@@ -27,8 +27,8 @@ cdef void finish_moments(Job* job, Py_ssize_t begin, Py_ssize_t end) noexcept no
         part = mean - origin
         store(job.mean + s, mean, lanes)
         store(job.mean_low + s, (origin - (mean - part)) + (distance - part), lanes)
-        # Below 0 by rounding; a NaN stays.
-        store(job.var + s, where_less(m2, zero, zero, m2) / count, lanes)
+        # Rounding may leave less than 0. A NaN stays.
+        store(job.var + s, leaky_relu(above_zero(m2), m2, 0) / count, lanes)
 
 
 cdef void make_affine_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
@@ -36,16 +36,17 @@ cdef void make_affine_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) no
     cdef Job* job = w.job
     cdef Table table = table_of(w)
     cdef Wide eps = fill(job.eps), mean, low, center, scale
-    cdef Py_ssize_t c, s, p
+    cdef Py_ssize_t c, s, p, at
     cdef int lanes
     for c from begin <= c < end by LANES:
         lanes, s, p = min(end - c, <Py_ssize_t>LANES), statistic_of(job, c), parameter_of(job, c)
         mean, low = load(job.mean + s, lanes), load(job.mean_low + s, lanes)
         center = rounded(mean, w.loops.wide)
         scale = load(job.gamma + p, lanes) / square_root(load(job.var + s, lanes) + eps)
-        store(table.center + c, center, lanes)
-        store(table.scale + c, scale, lanes)
-        store(table.shift + c, load(job.beta + p, lanes) - ((mean - center) + low) * scale, lanes)
+        at = c - w.panel.begin
+        store(table.center + at, center, lanes)
+        store(table.scale + at, scale, lanes)
+        store(table.shift + at, load(job.beta + p, lanes) - ((mean - center) + low) * scale, lanes)
 
 
 cdef void choose_shifts(Walk* w) noexcept nogil:
@@ -65,7 +66,7 @@ cdef void make_gradient_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) 
     cdef Table table = table_of(w)
     cdef Wide eps = fill(job.eps), count = fill(job.count), one = fill(1.0)
     cdef Wide mean, low, rstd, dbeta, dgamma, center, slope, level, residue
-    cdef Py_ssize_t c, s, p
+    cdef Py_ssize_t c, s, p, at
     cdef int lanes
     for c from begin <= c < end by LANES:
         lanes, s, p = min(end - c, <Py_ssize_t>LANES), statistic_of(job, c), parameter_of(job, c)
@@ -78,11 +79,12 @@ cdef void make_gradient_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) 
         center, slope, level = rounded(mean, w.loops.wide), rstd * (dgamma / count), dbeta / count
         # What center and level lose in rounding.
         residue = (level - rounded(level, w.loops.wide)) - (low + (mean - center)) * slope
-        store(table.center + c, center, lanes)
-        store(table.scale + c, load(job.gamma + p, lanes) * rstd, lanes)
-        store(table.shift + c, residue, lanes)
-        store(table.slope + c, slope, lanes)
-        store(table.level + c, level, lanes)
+        at = c - w.panel.begin
+        store(table.center + at, center, lanes)
+        store(table.scale + at, load(job.gamma + p, lanes) * rstd, lanes)
+        store(table.shift + at, residue, lanes)
+        store(table.slope + at, slope, lanes)
+        store(table.level + at, level, lanes)
 
 
 cdef void make_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
