@@ -8,8 +8,7 @@ from fastbn.functional.batch_norm import (
     batch_norm_inference,
     inference_with_cache,
 )
-from fastbn.functional.cache import Cache, update_running
-from fastbn.functional.entry import use_kernels
+from fastbn.functional.entry import Cache, update_running, use_kernels
 from fastbn.functional.instance_norm import instance_norm, instance_norm_backward
 from fastbn.functional.moments import Moments
 from fastbn.functional.parts import (

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 from numpy.typing import ArrayLike, NDArray
 
 from fastbn.functional import entry
-from fastbn.functional.cache import Cache
+from fastbn.functional.entry import Cache
 
 Array: TypeAlias = NDArray[Any]
 Activation: TypeAlias = Literal["relu", "leaky_relu"] | None
@@ -147,9 +147,8 @@ def batch_norm_inference(
     >>> fastbn.batch_norm_inference(np.array([[1.0, 10.0]]), [0, 5], [1, 25], eps=0)
     array([[1., 1.]])
     """
-    given = mean, 0.0, var
     return entry.forward(
-        x, given, gamma, beta, axis, eps, activation, residual, None, None, out, False
+        x, (mean, var), gamma, beta, axis, eps, activation, residual, None, None, out, False
     )[0]
 
 
@@ -166,8 +165,9 @@ def inference_with_cache(
     mask: ArrayLike | None = None,
 ) -> tuple[Array, Cache]:
     """Do as `batch_norm_inference`; return the cache for gradients at constant statistics too."""
-    given = mean, 0.0, var
-    return entry.forward(x, given, gamma, beta, axis, eps, activation, residual, mask, None, None)
+    return entry.forward(
+        x, (mean, var), gamma, beta, axis, eps, activation, residual, mask, None, None
+    )
 
 
 def batch_norm_backward(

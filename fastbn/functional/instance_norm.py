@@ -4,7 +4,7 @@ from numpy.typing import ArrayLike
 
 from fastbn.functional import entry
 from fastbn.functional.batch_norm import Activation, Array
-from fastbn.functional.cache import Cache
+from fastbn.functional.entry import Cache
 
 
 def instance_norm(

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastbn.functional import entry
 from fastbn.functional.batch_norm import Activation, Array
-from fastbn.functional.cache import Cache, merged
+from fastbn.functional.entry import Cache
 from fastbn.functional.moments import Moments, check_moments
 
 
@@ -87,7 +87,7 @@ def merge_moments(*moments: Moments) -> Moments:
         np.array([np.broadcast_to(np.ravel(getattr(m, field)), size) for m in moments], np.float64)
         for field in ("mean", "mean_low", "var")
     )
-    return merged(means, lows, variances, np.array([m.count for m in moments], dtype=np.float64))
+    return entry.merged(means, lows, variances, np.array([m.count for m in moments], dtype=np.float64))
 
 
 def normalize(
@@ -136,7 +136,12 @@ def normalize(
     >>> [fastbn.normalize(x, moments, eps=0)[0].item() for x in parts]
     [-1.0, 1.0]
     """
-    return entry.normalize_part(x, moments, gamma, beta, axis, eps, activation, residual, out)
+    check_moments(moments, "moments", np.size(getattr(moments, "mean", ())))
+    if moments.count == 0:
+        raise ValueError("moments: expected those of one value per channel at least, got count 0")
+    return entry.forward(
+        x, moments, gamma, beta, axis, eps, activation, residual, None, None, out
+    )
 
 
 def batch_norm_backward_reduce(
