@@ -175,6 +175,7 @@ cdef bint copy_statistics(Cache cache, object statistics) except -1:
     for c in range(cache.channels):
         if row_of(cache, VAR)[c] < 0:
             raise ValueError(f"var: expected values >= 0, got {cache.var.min()}")
+    memset(row_of(cache, MEAN_LOW), 0, cache.channels * sizeof(double))
     if isinstance(statistics, Moments):
         cache.matrix(MEAN_LOW)[...] = statistics.mean_low
         cache.count = statistics.count

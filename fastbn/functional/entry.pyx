@@ -12,6 +12,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport isfinite
 from libc.stdint cimport uint16_t, uintptr_t
 from libc.string cimport memcpy, memset
+from libcpp.vector cimport vector
 
 from fastbn import checks
 from fastbn.functional.mask import Valid
@@ -54,10 +55,9 @@ use_kernels(variants.kernels)
 # ------------------------------------------------------------------------------------ to a kernel
 
 
-cdef Job job_of(Cache cache) noexcept:
-    """Return a job with what its cache tells; the rest is empty."""
-    cdef Job job
-    memset(&job, 0, sizeof(Job))
+cdef void describe(Cache cache, Job* job) noexcept:
+    """Fill in what a job has of its cache; the rest is empty."""
+    memset(job, 0, sizeof(Job))
     job.type, job.itemsize = cache.type, cnp.PyArray_ITEMSIZE(cache.x)
     job.examples, job.outer = cache.examples, cache.outer
     job.channels, job.inner, job.count = cache.channels, cache.inner, cache.count
@@ -69,7 +69,6 @@ cdef Job job_of(Cache cache) noexcept:
     job.gamma, job.eps = row_of(cache, GAMMA), cache.eps
     job.mean, job.mean_low = row_of(cache, MEAN), row_of(cache, MEAN_LOW)
     job.var = row_of(cache, VAR)
-    return job
 
 
 cdef bint call_kernel(Job* job, Operation operation) except -1:
@@ -86,16 +85,12 @@ cdef bint call_kernel(Job* job, Operation operation) except -1:
     return True
 
 
-cdef cnp.ndarray zeros(Py_ssize_t rows, Py_ssize_t columns):
-    cdef cnp.npy_intp[2] shape = [rows, columns]
-    return cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
-
-
 # ---------------------------------------------------------------------------------------- forward
 
 
 cdef bint reserve_statistics(Cache cache) except -1:
-    cache.statistics = zeros(GAMMA * cache.groups + ROWS - GAMMA, cache.channels)
+    cdef cnp.npy_intp[2] shape = [GAMMA * cache.groups + ROWS - GAMMA, cache.channels]
+    cache.statistics = cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
     return True
 
 
@@ -148,7 +143,7 @@ def forward(
     result = target(out, cache.x, addend)
     if cache.activated and keep:
         reserve_signs(cache, result)
-    job = job_of(cache)
+    describe(cache, &job)
     job.out, job.beta = cnp.PyArray_DATA(result), row_of(cache, BETA)
     if addend is not None:
         job.residual = cnp.PyArray_DATA(addend)
@@ -187,7 +182,9 @@ def moments_of(x, axis):
     cdef Job job
     place_x(cache, as_floats(x, "x"), axis)
     reserve_statistics(cache)
-    job = job_of(cache)
+    if cache.count == 0:
+        cache.statistics[...] = 0
+    describe(cache, &job)
     call_kernel(&job, FORWARD)
     return cache.moments
 
@@ -205,23 +202,22 @@ cdef cnp.ndarray place_dy(Cache cache, object dy):
     return placed
 
 
-cdef Job job_back(Cache cache, cnp.ndarray dy, cnp.ndarray sums) noexcept:
-    """Return a job that goes back; dgamma and then dbeta of each group are in sums."""
-    cdef Job job = job_of(cache)
+cdef void describe_backward(Cache cache, cnp.ndarray dy, double* sums, Job* job) noexcept:
+    """Fill in what is known before dx has a place; dgamma and dbeta of each group are in sums."""
+    describe(cache, job)
     job.dy = cnp.PyArray_DATA(dy)
-    job.dgamma = <double*>cnp.PyArray_DATA(sums)
-    job.dbeta = job.dgamma + cache.groups * cache.channels
-    return job
+    job.dgamma, job.dbeta = sums, sums + cache.groups * cache.channels
 
 
-cdef tuple go_back(Cache cache, object dy, object out, cnp.ndarray sums, Operation operation):
+cdef tuple go_back(Cache cache, object dy, object out, double* sums, Operation operation):
     """Return (dx, dresidual or None)."""
     cdef cnp.ndarray placed = place_dy(cache, dy), result, dresidual = None
-    cdef Job job = job_back(cache, placed, sums)
+    cdef Job job
     valid = cache.valid
     if out is not None:
         check_out(out, cache.x if valid is None else valid.like)
     result = target(out if valid is None else None, cache.x, placed)
+    describe_backward(cache, placed, sums, &job)
     job.out = cnp.PyArray_DATA(result)
     if cache.residual:
         dresidual = fresh_like(cache.x, result)
@@ -235,26 +231,25 @@ cdef tuple go_back(Cache cache, object dy, object out, cnp.ndarray sums, Operati
 def backward(dy, cache, out):
     """Return (dx, dgamma, dbeta), and dresidual behind them where there was a residual."""
     cdef Cache c = checked_cache(cache)
-    cdef cnp.ndarray sums
-    cdef double* dgammas
+    cdef vector[double] sums
     if c.count != c.outer * c.inner:
         raise ValueError(
             f"cache: expected statistics of the {c.outer * c.inner} values per channel of x alone, "
             f"got those of {c.count:.0f}; use batch_norm_backward_reduce and _apply"
         )
-    sums = zeros(2, c.groups * c.channels)
-    dx, dresidual = go_back(c, dy, out, sums, BACKWARD_FIXED if c.fixed else BACKWARD)
-    dgammas = <double*>cnp.PyArray_DATA(sums)
-    dgamma = gradient(dgammas, c.gamma_like, c)
-    dbeta = gradient(dgammas + c.groups * c.channels, c.beta_like, c)
+    sums.resize(2 * c.groups * c.channels)
+    dx, dresidual = go_back(c, dy, out, sums.data(), BACKWARD_FIXED if c.fixed else BACKWARD)
+    dgamma = gradient(sums.data(), c.gamma_like, c)
+    dbeta = gradient(sums.data() + c.groups * c.channels, c.beta_like, c)
     return (dx, dgamma, dbeta) if dresidual is None else (dx, dgamma, dbeta, dresidual)
 
 
 def backward_reduce(dy, cache):
     """Return the sums dgamma and dbeta of a part, float64."""
     cdef Cache c = checked_cache(cache, True)
-    cdef cnp.ndarray placed = place_dy(c, dy), sums = zeros(2, c.channels)
-    cdef Job job = job_back(c, placed, sums)
+    cdef cnp.ndarray placed = place_dy(c, dy), sums = np.zeros((2, c.channels))
+    cdef Job job
+    describe_backward(c, placed, <double*>cnp.PyArray_DATA(sums), &job)
     call_kernel(&job, BACKWARD)
     return sums[0], sums[1]
 
@@ -262,9 +257,10 @@ def backward_reduce(dy, cache):
 def backward_apply(dy, cache, dgamma, dbeta, out):
     """Return dx of a part by the sums of all parts, or (dx, dresidual)."""
     cdef Cache c = checked_cache(cache, True)
-    cdef cnp.ndarray sums = zeros(2, c.channels)
-    copy_values(c, dgamma, "dgamma", <double*>cnp.PyArray_DATA(sums))
-    copy_values(c, dbeta, "dbeta", <double*>cnp.PyArray_DATA(sums) + c.channels)
+    cdef vector[double] sums
+    sums.resize(2 * c.channels)
+    copy_values(c, dgamma, "dgamma", sums.data())
+    copy_values(c, dbeta, "dbeta", sums.data() + c.channels)
     checked_cache(c)  # once more: to make arrays of them may have run anything
-    dx, dresidual = go_back(c, dy, out, sums, APPLY)
+    dx, dresidual = go_back(c, dy, out, sums.data(), APPLY)
     return dx if dresidual is None else (dx, dresidual)
