@@ -52,7 +52,7 @@ class Cache(NamedTuple):
     axis: int
     eps: float
     slope: Array  # dy/da of the activation y = act(a)
-    valid: Array  # 1 where the mask has a position count, else 0; broadcasts against x
+    valid: Array  # where the mask has a position count, in x's shape
     residual: bool
 
 
@@ -61,7 +61,7 @@ class Groups(NamedTuple):
 
     mean: Array
     var: Array
-    caches: list[Cache]
+    caches: tuple[Cache, ...]
     batch: int  # the axis of the examples
 
 
@@ -77,14 +77,19 @@ def batch_norm(
     mask: ArrayLike | None = None,
     virtual_batch_size: int | None = None,
     out: Array | None = None,
-) -> tuple[Array, Cache | Groups]:
+) -> tuple[Array, Any]:
     """Normalise x by the mean and variance of each channel; see `fastbn.batch_norm`."""
     x = _floats(x)
+    options: dict[str, Any] = {"axis": axis, "eps": eps, "activation": activation}
     if virtual_batch_size is not None:
-        return _in_groups(x, gamma, beta, axis, eps, activation, residual, virtual_batch_size, out)
-    valid = np.ones((1,) * x.ndim, bool) if mask is None else np.expand_dims(mask, axis)
+        return _in_groups(x, virtual_batch_size, residual, out, gamma=gamma, beta=beta, **options)
+    valid = np.ones(x.shape, bool)
+    if mask is not None:
+        valid &= np.expand_dims(mask, axis)
     moments = _moments(x, axis, valid)
-    return _forward(x, moments, gamma, beta, axis, eps, activation, residual, valid, out)
+    y, cache = normalize(x, moments, gamma, beta, residual=residual, out=out, **options)
+    y[~valid] = 0
+    return y, cache._replace(valid=valid)
 
 
 def instance_norm(
@@ -99,7 +104,8 @@ def instance_norm(
     out: Array | None = None,
 ) -> tuple[Array, Groups]:
     """Normalise each example by itself; see `fastbn.instance_norm`."""
-    return _in_groups(_floats(x), gamma, beta, axis, eps, activation, residual, 1, out)
+    options: dict[str, Any] = {"axis": axis, "eps": eps, "activation": activation}
+    return _in_groups(_floats(x), 1, residual, out, gamma=gamma, beta=beta, **options)
 
 
 def batch_norm_inference(
@@ -126,21 +132,22 @@ def batch_norm_inference(
 def batch_norm_backward(
     dy: ArrayLike, cache: Cache | Groups, *, out: Array | None = None
 ) -> tuple[Array, ...]:
-    """Take the gradient of a loss from y back to x, gamma and beta.
-
-    See `fastbn.batch_norm_backward`.
-    """
-    if isinstance(cache, Groups):
-        return _backward_in_groups(np.asarray(dy), cache, out)
-    dgamma, dbeta = batch_norm_backward_reduce(dy, cache)
-    dx = batch_norm_backward_apply(dy, cache, dgamma, dbeta, out=out)
-    dx, *dresidual = dx if cache.residual else (dx,)
-    return (
-        dx,
-        _like_parameter(dgamma, cache.gamma, cache.x),
-        _like_parameter(dbeta, cache.beta, cache.x),
-        *dresidual,
+    """Take the gradient of a loss from y back; see `fastbn.batch_norm_backward`."""
+    caches, batch = (cache.caches, cache.batch) if isinstance(cache, Groups) else ((cache,), 0)
+    cuts = np.cumsum([each.x.shape[batch] for each in caches])[:-1]
+    sums, images = [], []
+    for part, each in zip(np.split(np.asarray(dy), cuts, axis=batch), caches, strict=True):
+        sums.append(batch_norm_backward_reduce(part, each))
+        image = batch_norm_backward_apply(part, each, *sums[-1])
+        images.append(image if each.residual else (image,))
+    dgamma, dbeta = np.sum(sums, axis=0)
+    dx, *dresidual = (np.concatenate(parts, axis=batch) for parts in zip(*images, strict=True))
+    dx, first = _rounded(dx, dx.dtype, out), caches[0]
+    dgamma, dbeta = (
+        _like_parameter(dgamma, first.gamma, first.x),
+        _like_parameter(dbeta, first.beta, first.x),
     )
+    return dx, dgamma, dbeta, *dresidual
 
 
 def instance_norm_backward(
@@ -153,7 +160,7 @@ def instance_norm_backward(
 def batch_moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     """Return the statistics of each channel; see `fastbn.batch_moments`."""
     x = _floats(x)
-    return _moments(x, axis, np.ones((1,) * x.ndim, bool))
+    return _moments(x, axis, np.ones(x.shape, bool))
 
 
 def merge_moments(*moments: Moments) -> Moments:
@@ -179,8 +186,23 @@ def normalize(
 ) -> tuple[Array, Cache]:
     """Normalise a part of a minibatch by the moments of all of it; see `fastbn.normalize`."""
     x = _floats(x)
-    valid = np.ones((1,) * x.ndim, bool)
-    return _forward(x, moments, gamma, beta, axis, eps, activation, residual, valid, out)
+    mean, var = (_per_channel(m, x, axis) for m in moments[:2])
+    # z_hat = (z - mean_c) / sqrt(var_c + eps)
+    z_hat = (x.astype(np.float64) - mean) / np.sqrt(var + eps)
+    # a = gamma_c * z_hat + beta_c + residual
+    scale = 1.0 if gamma is None else _per_channel(gamma, x, axis)
+    shift = 0.0 if beta is None else _per_channel(beta, x, axis)
+    a = scale * z_hat + shift
+    if residual is not None:
+        a = a + np.asarray(residual).astype(np.float64)
+    # y = a where a > 0, slope * a elsewhere
+    slope = np.where(a <= 0, SLOPES[activation], 1.0)
+    y = np.where(slope, a, 0) * slope
+    # Copies: the optimizer changes gamma in place before the next forward pass.
+    gamma, beta = (None if p is None else copy(p) for p in (gamma, beta))
+    valid = np.ones(x.shape, bool)
+    cache = Cache(*moments, x, gamma, beta, axis, eps, slope, valid, residual is not None)
+    return _rounded(y, x.dtype, out), cache
 
 
 def batch_norm_backward_reduce(dy: ArrayLike, cache: Cache) -> tuple[Array, Array]:
@@ -227,7 +249,6 @@ def _backward_terms(dy: ArrayLike, cache: Cache) -> tuple[Array, Array, Array]:
 
 def _moments(x: Array, axis: int, valid: Array) -> Moments:
     others = _other_axes(x, axis)
-    valid = np.broadcast_to(valid, x.shape)
     count = int(valid.sum()) // x.shape[axis]
     z = np.where(valid, x.astype(np.float64), 0)
 
@@ -237,80 +258,21 @@ def _moments(x: Array, axis: int, valid: Array) -> Moments:
     return Moments(mean.reshape(-1), var, count)
 
 
-def _forward(
-    x: Array,
-    moments: Moments,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    residual: ArrayLike | None,
-    valid: Array,
-    out: Array | None,
-) -> tuple[Array, Cache]:
-    mean, var = (_per_channel(m, x, axis) for m in moments[:2])
-    # z_hat = (z - mean_c) / sqrt(var_c + eps)
-    z_hat = (x.astype(np.float64) - mean) / np.sqrt(var + eps)
-    # a = gamma_c * z_hat + beta_c + residual
-    scale = 1.0 if gamma is None else _per_channel(gamma, x, axis)
-    shift = 0.0 if beta is None else _per_channel(beta, x, axis)
-    a = scale * z_hat + shift
-    if residual is not None:
-        a = a + np.asarray(residual).astype(np.float64)
-    # y = a where a > 0, slope * a elsewhere
-    slope = np.where(a <= 0, SLOPES[activation], 1.0)
-    y = np.where(slope * valid, a, 0) * slope
-    # Copies: the optimizer changes gamma in place before the next forward pass.
-    gamma, beta = (None if p is None else copy(p) for p in (gamma, beta))
-    cache = Cache(*moments, x, gamma, beta, axis, eps, slope, valid, residual is not None)
-    return _rounded(y, x.dtype, out), cache
-
-
 def _in_groups(
-    x: Array,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    residual: ArrayLike | None,
-    size: int,
-    out: Array | None,
+    x: Array, size: int, residual: Any, out: Array | None, *, axis: int, **options: Any
 ) -> tuple[Array, Groups]:
     """Normalise some examples at a time, each group by statistics of its own."""
-    _other_axes(x, axis)
-    batch = x.ndim - 1 if axis % x.ndim == 0 else 0
+    batch = x.ndim - 1 if 0 not in _other_axes(x, axis) else 0
     cuts = range(size, x.shape[batch], size)
     parts = np.split(x, cuts, axis=batch)
     addends = [None] * len(parts) if residual is None else np.split(residual, cuts, axis=batch)
     results = [
-        batch_norm(part, gamma, beta, axis=axis, eps=eps, activation=activation, residual=addend)
+        batch_norm(part, axis=axis, residual=addend, **options)
         for part, addend in zip(parts, addends, strict=True)
     ]
     ys, caches = zip(*results, strict=True)
     mean, var = (np.array([getattr(cache, name) for cache in caches]) for name in ("mean", "var"))
-    y = np.concatenate(ys, axis=batch)
-    return _rounded(y, x.dtype, out), Groups(mean, var, list(caches), batch)
-
-
-def _backward_in_groups(dy: Array, cache: Groups, out: Array | None) -> tuple[Array, ...]:
-    cuts = np.cumsum([each.x.shape[cache.batch] for each in cache.caches])[:-1]
-    parts = zip(np.split(dy, cuts, axis=cache.batch), cache.caches, strict=True)
-    sums, images = [], []
-    for part, each in parts:
-        sums.append(batch_norm_backward_reduce(part, each))
-        image = batch_norm_backward_apply(part, each, *sums[-1])
-        images.append(image if each.residual else (image,))
-    first = cache.caches[0]
-    dgamma, dbeta = np.sum(sums, axis=0)
-    dx, *dresidual = (np.concatenate(a, axis=cache.batch) for a in zip(*images, strict=True))
-    return (
-        _rounded(dx, dx.dtype, out),
-        _like_parameter(dgamma, first.gamma, first.x),
-        _like_parameter(dbeta, first.beta, first.x),
-        *dresidual,
-    )
+    return _rounded(np.concatenate(ys, axis=batch), x.dtype, out), Groups(mean, var, caches, batch)
 
 
 def _floats(x: ArrayLike) -> Array:

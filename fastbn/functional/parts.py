@@ -87,7 +87,9 @@ def merge_moments(*moments: Moments) -> Moments:
         np.array([np.broadcast_to(np.ravel(getattr(m, field)), size) for m in moments], np.float64)
         for field in ("mean", "mean_low", "var")
     )
-    return entry.merged(means, lows, variances, np.array([m.count for m in moments], dtype=np.float64))
+    return entry.merged(
+        means, lows, variances, np.array([m.count for m in moments], dtype=np.float64)
+    )
 
 
 def normalize(
@@ -139,9 +141,7 @@ def normalize(
     check_moments(moments, "moments", np.size(getattr(moments, "mean", ())))
     if moments.count == 0:
         raise ValueError("moments: expected those of one value per channel at least, got count 0")
-    return entry.forward(
-        x, moments, gamma, beta, axis, eps, activation, residual, None, None, out
-    )
+    return entry.forward(x, moments, gamma, beta, axis, eps, activation, residual, None, None, out)
 
 
 def batch_norm_backward_reduce(
