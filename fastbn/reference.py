@@ -50,7 +50,8 @@ class Cache(NamedTuple):
     gamma: ArrayLike | None
     beta: ArrayLike | None
     axis: int
-    eps: float
+    z_hat: Array
+    rstd: Array  # 1 / sqrt(var + eps); broadcasts against x
     slope: Array  # dy/da of the activation y = act(a)
     valid: Array  # where the mask has a position count, in x's shape
     residual: bool
@@ -89,7 +90,7 @@ def batch_norm(
     moments = _moments(x, axis, valid)
     y, cache = normalize(x, moments, gamma, beta, residual=residual, out=out, **options)
     y[~valid] = 0
-    return y, cache._replace(valid=valid)
+    return y, cache._replace(valid=valid, z_hat=np.where(valid, cache.z_hat, 0))
 
 
 def instance_norm(
@@ -200,58 +201,44 @@ def normalize(
     y = np.where(slope, a, 0) * slope
     # Copies: the optimizer changes gamma in place before the next forward pass.
     gamma, beta = (None if p is None else copy(p) for p in (gamma, beta))
-    valid = np.ones(x.shape, bool)
-    cache = Cache(*moments, x, gamma, beta, axis, eps, slope, valid, residual is not None)
+    rstd, valid = 1 / np.sqrt(var + eps), np.ones(x.shape, bool)
+    cache = Cache(*moments, x, gamma, beta, axis, z_hat, rstd, slope, valid, residual is not None)
     return _rounded(y, x.dtype, out), cache
 
 
 def batch_norm_backward_reduce(dy: ArrayLike, cache: Cache) -> tuple[Array, Array]:
     """Take the sums of the gradients; see `fastbn.batch_norm_backward_reduce`."""
-    others = _other_axes(cache.x, cache.axis)
-    da, z_hat, _ = _backward_terms(dy, cache)
-
+    others, da = _other_axes(cache.x, cache.axis), _through_activation(dy, cache)
     # dbeta_c = sum dy                     dgamma_c = sum dy * z_hat
     dbeta = da.sum(axis=others)
-    dgamma = (da * z_hat).sum(axis=others)
+    dgamma = (da * cache.z_hat).sum(axis=others)
     return dgamma, dbeta
 
 
 def batch_norm_backward_apply(
-    dy: ArrayLike,
-    cache: Cache,
-    dgamma: ArrayLike,
-    dbeta: ArrayLike,
-    *,
-    out: Array | None = None,
+    dy: ArrayLike, cache: Cache, dgamma: ArrayLike, dbeta: ArrayLike, *, out: Array | None = None
 ) -> Any:
     """Take the gradient of x by given sums; see `fastbn.batch_norm_backward_apply`."""
     x, axis, count = cache.x, cache.axis, cache.count
     gamma = 1.0 if cache.gamma is None else _per_channel(cache.gamma, x, axis)
     dgamma, dbeta = _per_channel(dgamma, x, axis), _per_channel(dbeta, x, axis)
-    da, z_hat, rstd = _backward_terms(dy, cache)
-
+    da = _through_activation(dy, cache)
     # dx = gamma_c * rstd_c * (dy - dbeta_c / M - z_hat * dgamma_c / M)
-    dx = gamma * rstd * (da - dbeta / count - z_hat * dgamma / count)
-    dx = np.where(cache.valid, dx, 0)
-
-    dx = _rounded(dx, x.dtype, out)
+    dx = gamma * cache.rstd * (da - dbeta / count - cache.z_hat * dgamma / count)
+    dx = _rounded(np.where(cache.valid, dx, 0), x.dtype, out)
     return (dx, _rounded(da, x.dtype, None)) if cache.residual else dx
 
 
-def _backward_terms(dy: ArrayLike, cache: Cache) -> tuple[Array, Array, Array]:
-    """Return da = dy * act'(a), which has the place of dy without an activation; z_hat; rstd."""
-    mean = _per_channel(cache.mean, cache.x, cache.axis)
-    rstd = 1 / np.sqrt(_per_channel(cache.var, cache.x, cache.axis) + cache.eps)
-    z_hat = np.where(cache.valid, (cache.x.astype(np.float64) - mean) * rstd, 0)
-    da = np.where(cache.slope * cache.valid, np.asarray(dy).astype(np.float64), 0) * cache.slope
-    return da, z_hat, rstd
+def _through_activation(dy: ArrayLike, cache: Cache) -> Array:
+    """Return da = dy * act'(a), which has the place of dy without an activation."""
+    counts = cache.slope * cache.valid
+    return np.where(counts, np.asarray(dy).astype(np.float64), 0) * cache.slope
 
 
 def _moments(x: Array, axis: int, valid: Array) -> Moments:
     others = _other_axes(x, axis)
     count = int(valid.sum()) // x.shape[axis]
     z = np.where(valid, x.astype(np.float64), 0)
-
     # mean_c = (1/M) sum x                 var_c = (1/M) sum (x - mean_c)^2
     mean = z.sum(axis=others, keepdims=True) / max(count, 1)
     var = ((z - mean) ** 2).sum(axis=others, where=valid) / max(count, 1)

@@ -182,12 +182,7 @@ def batch_norm_backward_reduce(
 
 
 def batch_norm_backward_apply(
-    dy: ArrayLike,
-    cache: Cache,
-    dgamma: ArrayLike,
-    dbeta: ArrayLike,
-    *,
-    out: Array | None = None,
+    dy: ArrayLike, cache: Cache, dgamma: ArrayLike, dbeta: ArrayLike, *, out: Array | None = None
 ) -> Any:
     """Take the gradient from y back to x of a part, the second half of `batch_norm_backward`.
 
