@@ -28,19 +28,14 @@ cdef int type_of(cnp.ndarray array):
 cdef cnp.ndarray as_floats(object value, str name):
     """Return value as an ndarray of a type that type_of knows, in any memory and byte order."""
     cdef cnp.ndarray array
-    if type(value) is np.ndarray:
-        array = value
-    elif isinstance(value, np.ma.MaskedArray):
+    if type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected an array without a mask, got a masked array")
-    else:
-        array = checks.array(name, value)
-    if type_of(array) == OTHER:
-        if array.dtype.kind not in "biu":
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}"
-            )
-        array = array.astype(np.float64)
-    return array
+    array = value if type(value) is np.ndarray else checks.array(name, value)
+    if type_of(array) != OTHER:
+        return array
+    if array.dtype.kind in "biu":
+        return array.astype(np.float64)
+    raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}")
 
 
 cdef inline bint is_ready(cnp.ndarray array):

@@ -114,16 +114,23 @@ def forward(
     keep tells whether the cache that is returned beside y will be used to go back.
     """
     cdef cnp.ndarray given = as_floats(x, "x"), addend = None, result
-    cdef Cache cache
+    cdef Cache cache = Cache.__new__(Cache)
     cdef Job job
-    if mask is not None:
-        return masked_forward(
-            given, statistics, gamma, beta, axis, eps, activation, residual, mask, group_size, out
-        )
-    cache = Cache.__new__(Cache)
     cache.eps = checked_eps(eps)
-    place_x(cache, given, axis)
+    if mask is None:
+        place_x(cache, given, axis)
+    else:
+        cache.valid = valid = Valid(mask, given, axis)
+        if statistics is None and not valid.count:
+            raise ValueError(f"mask: expected valid positions, got none in shape {np.shape(mask)}")
+        if residual is not None:
+            residual = valid.take(check_like(residual, "residual", given))
+        place_x(cache, valid.take(given), valid.axis)
     if group_size is not None:
+        if mask is not None:
+            raise ValueError(
+                f"virtual_batch_size: expected None where there is a mask, got {group_size}"
+            )
         form_groups(cache, axis, group_size)
     if statistics is None and cache.count == 0:
         raise ValueError(
@@ -140,7 +147,7 @@ def forward(
         addend = like_x(residual, "residual", cache.x)
     if out is not None:
         check_out(out, given)
-    result = target(out, cache.x, addend)
+    result = target(cache, out, addend)
     if cache.activated and keep:
         reserve_signs(cache, result)
     describe(cache, &job)
@@ -149,31 +156,6 @@ def forward(
         job.residual = cnp.PyArray_DATA(addend)
     call_kernel(&job, FORWARD if statistics is None else INFERENCE)
     return deliver(cache, result, out), cache
-
-
-cdef tuple masked_forward(
-    cnp.ndarray x, object statistics, object gamma, object beta, object axis, object eps,
-    object activation, object residual, object mask, object group_size, object out,
-):
-    """Do as forward with the positions that the mask leaves, and put zeros at the others."""
-    cdef Cache cache
-    if group_size is not None:
-        raise ValueError(
-            f"virtual_batch_size: expected None where there is a mask, got {group_size}"
-        )
-    valid = Valid(mask, x, axis)
-    if statistics is None and not valid.count:
-        raise ValueError(f"mask: expected valid positions, got none in shape {valid.mask.shape}")
-    if residual is not None:
-        residual = valid.take(check_like(residual, "residual", x))
-    if out is not None:
-        check_out(out, x)
-    y, cache = forward(
-        valid.take(x), statistics, gamma, beta, valid.axis, eps, activation, residual, None, None,
-        None,
-    )
-    cache.valid = valid
-    return valid.put(y, out), cache
 
 
 def moments_of(x, axis):
@@ -213,19 +195,18 @@ cdef tuple go_back(Cache cache, object dy, object out, double* sums, Operation o
     """Return (dx, dresidual or None)."""
     cdef cnp.ndarray placed = place_dy(cache, dy), result, dresidual = None
     cdef Job job
-    valid = cache.valid
     if out is not None:
-        check_out(out, cache.x if valid is None else valid.like)
-    result = target(out if valid is None else None, cache.x, placed)
+        check_out(out, cache.x if cache.valid is None else cache.valid.like)
+    result = target(cache, out, placed)
     describe_backward(cache, placed, sums, &job)
     job.out = cnp.PyArray_DATA(result)
     if cache.residual:
         dresidual = fresh_like(cache.x, result)
         job.dresidual = cnp.PyArray_DATA(dresidual)
     call_kernel(&job, operation)
-    if valid is None:
-        return deliver(cache, result, out), dresidual
-    return valid.put(result, out), None if dresidual is None else valid.put(dresidual)
+    if dresidual is not None:
+        dresidual = deliver(cache, dresidual, None)
+    return deliver(cache, result, out), dresidual
 
 
 def backward(dy, cache, out):

@@ -36,7 +36,7 @@ def instance_norm(
     Returns
     -------
     y : ndarray
-        Of x's shape and dtype.
+        As of `batch_norm`.
     cache : Cache
         For `instance_norm_backward`. It has `mean` and `var`: float64, shape (N, C), var biased.
 

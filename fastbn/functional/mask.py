@@ -11,21 +11,7 @@ Array = NDArray[Any]
 
 
 class Valid:
-    """The positions that a mask leaves of arrays like x.
-
-    Parameters
-    ----------
-    mask : array_like of bool, of x's shape without `axis`
-        Which positions count.
-    x : ndarray
-    axis : int
-        The channel axis of x.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If mask is not of that shape and type, or `axis` is no axis of x.
-    """
+    """The positions that a mask, of x's shape without the channel axis, leaves of arrays like x."""
 
     def __init__(self, mask: ArrayLike, x: Array, axis: int) -> None:
         self.channel_axis = checks.axis(axis, x.ndim) % x.ndim

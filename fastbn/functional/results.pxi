@@ -58,21 +58,24 @@ cdef bint is_safe_target(cnp.ndarray out, cnp.ndarray source):
     )
 
 
-cdef cnp.ndarray target(object out, cnp.ndarray memory, cnp.ndarray other):
-    """Return out where the kernel can write it directly, else a fresh array."""
+cdef cnp.ndarray target(Cache cache, object out, cnp.ndarray other):
+    """Return out where the kernel can write it directly, else a fresh array laid out as x is."""
     if (
         out is not None
+        and cache.valid is None
         and is_ready(out)
-        and same_memory_order(out, memory)
-        and is_safe_target(out, memory)
+        and same_memory_order(out, cache.x)
+        and is_safe_target(out, cache.x)
         and (other is None or is_safe_target(out, other))
     ):
         return out
-    return fresh_like(memory)
+    return fresh_like(cache.x)
 
 
 cdef object deliver(Cache cache, cnp.ndarray result, object out):
     """Return the result, in out where there is one; forget an x that it has overwritten."""
+    if cache.valid is not None:
+        return cache.valid.put(result, out)
     if out is None:
         return result
     if may_share(out, cache.x):

@@ -93,7 +93,7 @@ class Pool {
                 std::this_thread::yield();
             } else {
                 std::unique_lock<std::mutex> lock(mutex_);
-                sleepers_.fetch_add(1);  // before the last look at the ticket: see run()
+                sleepers_.fetch_add(1);  // before the last look at the ticket: see share_out
                 // A worker that wakes too late for this job stays awake and helps with the next.
                 // Else it would never help with calls that take no longer than waking.
                 if (!wanted(id)) do wake_.wait(lock); while (id >= helpers_.load());

@@ -14,17 +14,13 @@ cdef extern from "pool.hpp" namespace "fastbn" nogil:
 
 cdef extern from *:
     """
-    #if defined(_WIN32)
-      #define FASTBN_EXPORT extern "C" __declspec(dllexport)
-    #else
-      #define FASTBN_EXPORT extern "C" __attribute__((visibility("default")))
-    #endif
     #include <atomic>
     static std::atomic<int> fastbn_threads{1};
-    // For threadpoolctl, which finds the library by these names.
-    FASTBN_EXPORT int fastbn_get_num_threads() { return fastbn_threads.load(); }
-    FASTBN_EXPORT void fastbn_set_num_threads(int n) {
-        fastbn_threads.store(n < 1 ? 1 : n > 1024 ? 1024 : n);
+    extern "C" {  // for threadpoolctl, which finds the library by these names
+    Py_EXPORTED_SYMBOL int fastbn_get_num_threads() { return fastbn_threads; }
+    Py_EXPORTED_SYMBOL void fastbn_set_num_threads(int n) {
+        fastbn_threads = n < 1 ? 1 : n > 1024 ? 1024 : n;
+    }
     }
     """
     int fastbn_get_num_threads() noexcept nogil
@@ -106,7 +102,8 @@ def quota_of(group):
         if (group / "cpu.max").exists():  # version 2: "150000 100000" or "max 100000"
             quota, period = (group / "cpu.max").read_text().split()
         else:  # version 1: -1 is no limit
-            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
         return int(quota) / int(period) if int(quota) >= 0 else None
     except (OSError, ValueError, ZeroDivisionError):  # ValueError: also "max"
         return None
