@@ -124,10 +124,8 @@ def batch_norm_inference(
 ) -> Array:
     """Normalise x by a given mean and variance; see `fastbn.batch_norm_inference`."""
     moments = Moments(np.ravel(mean), np.ravel(var), 1)
-    return normalize(
-        x, moments, gamma, beta,
-        axis=axis, eps=eps, activation=activation, residual=residual, out=out,
-    )[0]  # fmt: skip
+    options: dict[str, Any] = {"axis": axis, "eps": eps, "activation": activation}
+    return normalize(x, moments, gamma, beta, residual=residual, out=out, **options)[0]
 
 
 def batch_norm_backward(
@@ -143,12 +141,9 @@ def batch_norm_backward(
         images.append(image if each.residual else (image,))
     dgamma, dbeta = np.sum(sums, axis=0)
     dx, *dresidual = (np.concatenate(parts, axis=batch) for parts in zip(*images, strict=True))
-    dx, first = _rounded(dx, dx.dtype, out), caches[0]
-    dgamma, dbeta = (
-        _like_parameter(dgamma, first.gamma, first.x),
-        _like_parameter(dbeta, first.beta, first.x),
-    )
-    return dx, dgamma, dbeta, *dresidual
+    dgamma = _like_parameter(dgamma, caches[0].gamma, dx)
+    dbeta = _like_parameter(dbeta, caches[0].beta, dx)
+    return _rounded(dx, dx.dtype, out), dgamma, dbeta, *dresidual
 
 
 def instance_norm_backward(
@@ -293,10 +288,10 @@ def _rounded(result: Array, dtype: np.dtype[Any], out: Array | None) -> Array:
     return out
 
 
-def _like_parameter(gradient: Array, parameter: ArrayLike | None, x: Array) -> Array:
+def _like_parameter(gradient: Array, parameter: ArrayLike | None, dx: Array) -> Array:
     """Return the gradient in the parameter's shape and dtype, or in those it would have had."""
-    like = np.empty(gradient.size) if parameter is None else np.asarray(parameter)
-    dtype = like.dtype
-    if not (isinstance(parameter, np.ndarray) and _is_float(like)):
-        dtype = x.dtype if x.dtype.itemsize > 2 else np.dtype(np.float32)
-    return gradient.reshape(like.shape).astype(dtype.newbyteorder("="))
+    shape = gradient.shape if parameter is None else np.shape(parameter)
+    dtype = dx.dtype if dx.dtype.itemsize > 2 else np.dtype(np.float32)
+    if isinstance(parameter, np.ndarray) and _is_float(parameter):
+        dtype = parameter.dtype
+    return gradient.reshape(shape).astype(dtype.newbyteorder("="))

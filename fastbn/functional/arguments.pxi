@@ -28,9 +28,11 @@ cdef int type_of(cnp.ndarray array):
 cdef cnp.ndarray as_floats(object value, str name):
     """Return value as an ndarray of a type that type_of knows, in any memory and byte order."""
     cdef cnp.ndarray array
-    if type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected an array without a mask, got a masked array")
-    array = value if type(value) is np.ndarray else checks.array(name, value)
+    if not cnp.PyArray_CheckExact(value):
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name}: expected an array without a mask, got a masked array")
+        value = checks.array(name, value)
+    array = value
     if type_of(array) != OTHER:
         return array
     if array.dtype.kind in "biu":
@@ -129,7 +131,7 @@ cdef cnp.ndarray copy_values(Cache cache, object value, str name, double* into):
     """Copy a value per channel; return what its gradient looks like (see Cache)."""
     cdef cnp.ndarray array
     cdef Py_ssize_t c, channels = cache.channels
-    if type(value) is np.ndarray:
+    if cnp.PyArray_CheckExact(value):
         array = value
         if cnp.PyArray_ISCARRAY_RO(array) and cnp.PyArray_SIZE(array) == channels:
             if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
@@ -147,7 +149,7 @@ cdef cnp.ndarray copy_values(Cache cache, object value, str name, double* into):
             f"{name}: expected {channels} value(s), one per channel, got shape {np.shape(array)}"
         )
     cnp.PyArray_CopyAnyInto(float64s(channels, into), array)
-    if isinstance(value, np.ndarray) and type_of(value) != OTHER:
+    if cnp.PyArray_Check(value) and type_of(value) != OTHER:
         return np.empty(np.shape(array), array.dtype.newbyteorder("="))
     return np.empty(np.shape(array), np.float64 if cache.type == FLOAT64 else np.float32)
 
@@ -200,7 +202,7 @@ cdef bint set_activation(Cache cache, object activation) except -1:
 cdef cnp.ndarray check_like(object value, str name, cnp.ndarray x):
     """Return value as an array, of x's shape and dtype."""
     cdef cnp.ndarray given = as_floats(value, name)
-    if not isinstance(value, np.ndarray):
+    if not cnp.PyArray_Check(value):
         given = given.astype(x.dtype)
     if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x):
         raise TypeError(f"{name}: expected dtype {x.dtype}, as x has, got {given.dtype}")
@@ -220,7 +222,7 @@ cdef cnp.ndarray like_x(object value, str name, cnp.ndarray x):
 
 
 cdef bint check_out(object out, cnp.ndarray x) except -1:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not cnp.PyArray_Check(out) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out: expected an ndarray or None, got {type(out).__name__}")
     if np.shape(out) != np.shape(x) or cnp.PyArray_TYPE(out) != cnp.PyArray_TYPE(x):
         raise ValueError(

@@ -68,10 +68,8 @@ def batch_norm(
 
     Raises
     ------
-    TypeError
-        If an argument is not of a supported type or dtype.
-    ValueError
-        If the shape or the value of an argument does not fit, or x has no values (M = 0).
+    TypeError, ValueError
+        If the type, dtype, shape or value of an argument does not fit, or x has no values (M = 0).
 
     Notes
     -----

@@ -14,6 +14,8 @@ from fastbn.functional.moments import Moments, check_moments
 def batch_moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     """Return mean and variance of each channel of a minibatch, or of one part of it.
 
+    `merge_moments` puts those of several parts together, `normalize` takes them.
+
     Parameters
     ----------
     x, axis
@@ -28,11 +30,6 @@ def batch_moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     ------
     TypeError, ValueError
         If x is not of a supported type, or `axis` does not fit.
-
-    See Also
-    --------
-    merge_moments : puts those of several parts together.
-    normalize : takes them to normalise any part.
 
     Examples
     --------
@@ -149,15 +146,12 @@ def batch_norm_backward_reduce(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Take the sums that the gradients of a part need, the first half of `batch_norm_backward`.
 
-    ``dbeta_c = sum dy``, ``dgamma_c = sum dy * z_hat`` (dy behind an activation counted as that
-    lets it through).
+    ``dbeta_c = sum dy``, ``dgamma_c = sum dy * z_hat``; with an activation of ``dy * act'``.
 
     Parameters
     ----------
-    dy : array_like
-        Gradient of the loss with respect to y: of its shape and dtype.
-    cache : Cache
-        What `normalize` or `batch_norm` returned.
+    dy, cache
+        As in `batch_norm_backward`; the cache may be of `normalize`.
 
     Returns
     -------
@@ -195,8 +189,8 @@ def batch_norm_backward_apply(
         As in `batch_norm_backward_reduce`.
     dgamma, dbeta : array_like of C values
         The sums over all parts.
-    out : ndarray, optional
-        Where dx goes, as in `batch_norm_backward`.
+    out
+        As in `batch_norm_backward`.
 
     Returns
     -------

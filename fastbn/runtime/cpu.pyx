@@ -24,8 +24,8 @@ cdef extern from *:
     #endif
 
     // The CPU must have wide registers, and the system must save them when it switches threads.
-    // Compilers and Windows ask both. Windows tells AVX2 (40) and AVX-512 (41) alone; the CPUs that
-    // it runs on have the others beside them.
+    // The compiler's function and that of Windows ask for both. Windows knows AVX2 (40) and
+    // AVX-512F (41) alone; where it runs, CPUs with these have the others of their line as well.
     struct Feature { const char* name; bool here; };
     static Feature fastbn_features[] = {
         {"fma", FASTBN_HAS("fma", 40)},
