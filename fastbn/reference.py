@@ -50,9 +50,10 @@ class Cache(NamedTuple):
     gamma: ArrayLike | None
     beta: ArrayLike | None
     axis: int
-    eps: float
+    z_hat: Array
+    rstd: Array  # 1 / sqrt(var + eps); broadcasts against x
     slope: Array  # dy/da of the activation y = act(a)
-    valid: Array  # 1 where the mask has a position count, else 0; broadcasts against x
+    valid: Array  # where the mask has a position count, in x's shape
     residual: bool
 
 
@@ -61,7 +62,7 @@ class Groups(NamedTuple):
 
     mean: Array
     var: Array
-    caches: list[Cache]
+    caches: tuple[Cache, ...]
     batch: int  # the axis of the examples
 
 
@@ -77,14 +78,19 @@ def batch_norm(
     mask: ArrayLike | None = None,
     virtual_batch_size: int | None = None,
     out: Array | None = None,
-) -> tuple[Array, Cache | Groups]:
+) -> tuple[Array, Any]:
     """Normalise x by the mean and variance of each channel; see `fastbn.batch_norm`."""
     x = _floats(x)
+    options: dict[str, Any] = {"axis": axis, "eps": eps, "activation": activation}
     if virtual_batch_size is not None:
-        return _in_groups(x, gamma, beta, axis, eps, activation, residual, virtual_batch_size, out)
-    valid = np.ones((1,) * x.ndim, bool) if mask is None else np.expand_dims(mask, axis)
+        return _in_groups(x, virtual_batch_size, residual, out, gamma=gamma, beta=beta, **options)
+    valid = np.ones(x.shape, bool)
+    if mask is not None:
+        valid &= np.expand_dims(mask, axis)
     moments = _moments(x, axis, valid)
-    return _forward(x, moments, gamma, beta, axis, eps, activation, residual, valid, out)
+    y, cache = normalize(x, moments, gamma, beta, residual=residual, out=out, **options)
+    y[~valid] = 0
+    return y, cache._replace(valid=valid, z_hat=np.where(valid, cache.z_hat, 0))
 
 
 def instance_norm(
@@ -99,7 +105,8 @@ def instance_norm(
     out: Array | None = None,
 ) -> tuple[Array, Groups]:
     """Normalise each example by itself; see `fastbn.instance_norm`."""
-    return _in_groups(_floats(x), gamma, beta, axis, eps, activation, residual, 1, out)
+    options: dict[str, Any] = {"axis": axis, "eps": eps, "activation": activation}
+    return _in_groups(_floats(x), 1, residual, out, gamma=gamma, beta=beta, **options)
 
 
 def batch_norm_inference(
@@ -117,30 +124,26 @@ def batch_norm_inference(
 ) -> Array:
     """Normalise x by a given mean and variance; see `fastbn.batch_norm_inference`."""
     moments = Moments(np.ravel(mean), np.ravel(var), 1)
-    return normalize(
-        x, moments, gamma, beta,
-        axis=axis, eps=eps, activation=activation, residual=residual, out=out,
-    )[0]  # fmt: skip
+    options: dict[str, Any] = {"axis": axis, "eps": eps, "activation": activation}
+    return normalize(x, moments, gamma, beta, residual=residual, out=out, **options)[0]
 
 
 def batch_norm_backward(
     dy: ArrayLike, cache: Cache | Groups, *, out: Array | None = None
 ) -> tuple[Array, ...]:
-    """Take the gradient of a loss from y back to x, gamma and beta.
-
-    See `fastbn.batch_norm_backward`.
-    """
-    if isinstance(cache, Groups):
-        return _backward_in_groups(np.asarray(dy), cache, out)
-    dgamma, dbeta = batch_norm_backward_reduce(dy, cache)
-    dx = batch_norm_backward_apply(dy, cache, dgamma, dbeta, out=out)
-    dx, *dresidual = dx if cache.residual else (dx,)
-    return (
-        dx,
-        _like_parameter(dgamma, cache.gamma, cache.x),
-        _like_parameter(dbeta, cache.beta, cache.x),
-        *dresidual,
-    )
+    """Take the gradient of a loss from y back; see `fastbn.batch_norm_backward`."""
+    caches, batch = (cache.caches, cache.batch) if isinstance(cache, Groups) else ((cache,), 0)
+    cuts = np.cumsum([each.x.shape[batch] for each in caches])[:-1]
+    sums, images = [], []
+    for part, each in zip(np.split(np.asarray(dy), cuts, axis=batch), caches, strict=True):
+        sums.append(batch_norm_backward_reduce(part, each))
+        image = batch_norm_backward_apply(part, each, *sums[-1])
+        images.append(image if each.residual else (image,))
+    dgamma, dbeta = np.sum(sums, axis=0)
+    dx, *dresidual = (np.concatenate(parts, axis=batch) for parts in zip(*images, strict=True))
+    dgamma = _like_parameter(dgamma, caches[0].gamma, dx)
+    dbeta = _like_parameter(dbeta, caches[0].beta, dx)
+    return _rounded(dx, dx.dtype, out), dgamma, dbeta, *dresidual
 
 
 def instance_norm_backward(
@@ -153,7 +156,7 @@ def instance_norm_backward(
 def batch_moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     """Return the statistics of each channel; see `fastbn.batch_moments`."""
     x = _floats(x)
-    return _moments(x, axis, np.ones((1,) * x.ndim, bool))
+    return _moments(x, axis, np.ones(x.shape, bool))
 
 
 def merge_moments(*moments: Moments) -> Moments:
@@ -179,76 +182,6 @@ def normalize(
 ) -> tuple[Array, Cache]:
     """Normalise a part of a minibatch by the moments of all of it; see `fastbn.normalize`."""
     x = _floats(x)
-    valid = np.ones((1,) * x.ndim, bool)
-    return _forward(x, moments, gamma, beta, axis, eps, activation, residual, valid, out)
-
-
-def batch_norm_backward_reduce(dy: ArrayLike, cache: Cache) -> tuple[Array, Array]:
-    """Take the sums of the gradients; see `fastbn.batch_norm_backward_reduce`."""
-    others = _other_axes(cache.x, cache.axis)
-    da, z_hat, _ = _backward_terms(dy, cache)
-
-    # dbeta_c = sum dy                     dgamma_c = sum dy * z_hat
-    dbeta = da.sum(axis=others)
-    dgamma = (da * z_hat).sum(axis=others)
-    return dgamma, dbeta
-
-
-def batch_norm_backward_apply(
-    dy: ArrayLike,
-    cache: Cache,
-    dgamma: ArrayLike,
-    dbeta: ArrayLike,
-    *,
-    out: Array | None = None,
-) -> Any:
-    """Take the gradient of x by given sums; see `fastbn.batch_norm_backward_apply`."""
-    x, axis, count = cache.x, cache.axis, cache.count
-    gamma = 1.0 if cache.gamma is None else _per_channel(cache.gamma, x, axis)
-    dgamma, dbeta = _per_channel(dgamma, x, axis), _per_channel(dbeta, x, axis)
-    da, z_hat, rstd = _backward_terms(dy, cache)
-
-    # dx = gamma_c * rstd_c * (dy - dbeta_c / M - z_hat * dgamma_c / M)
-    dx = gamma * rstd * (da - dbeta / count - z_hat * dgamma / count)
-    dx = np.where(cache.valid, dx, 0)
-
-    dx = _rounded(dx, x.dtype, out)
-    return (dx, _rounded(da, x.dtype, None)) if cache.residual else dx
-
-
-def _backward_terms(dy: ArrayLike, cache: Cache) -> tuple[Array, Array, Array]:
-    """Return da = dy * act'(a), which has the place of dy without an activation; z_hat; rstd."""
-    mean = _per_channel(cache.mean, cache.x, cache.axis)
-    rstd = 1 / np.sqrt(_per_channel(cache.var, cache.x, cache.axis) + cache.eps)
-    z_hat = np.where(cache.valid, (cache.x.astype(np.float64) - mean) * rstd, 0)
-    da = np.where(cache.slope * cache.valid, np.asarray(dy).astype(np.float64), 0) * cache.slope
-    return da, z_hat, rstd
-
-
-def _moments(x: Array, axis: int, valid: Array) -> Moments:
-    others = _other_axes(x, axis)
-    valid = np.broadcast_to(valid, x.shape)
-    count = int(valid.sum()) // x.shape[axis]
-    z = np.where(valid, x.astype(np.float64), 0)
-
-    # mean_c = (1/M) sum x                 var_c = (1/M) sum (x - mean_c)^2
-    mean = z.sum(axis=others, keepdims=True) / max(count, 1)
-    var = ((z - mean) ** 2).sum(axis=others, where=valid) / max(count, 1)
-    return Moments(mean.reshape(-1), var, count)
-
-
-def _forward(
-    x: Array,
-    moments: Moments,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    residual: ArrayLike | None,
-    valid: Array,
-    out: Array | None,
-) -> tuple[Array, Cache]:
     mean, var = (_per_channel(m, x, axis) for m in moments[:2])
     # z_hat = (z - mean_c) / sqrt(var_c + eps)
     z_hat = (x.astype(np.float64) - mean) / np.sqrt(var + eps)
@@ -260,57 +193,68 @@ def _forward(
         a = a + np.asarray(residual).astype(np.float64)
     # y = a where a > 0, slope * a elsewhere
     slope = np.where(a <= 0, SLOPES[activation], 1.0)
-    y = np.where(slope * valid, a, 0) * slope
+    y = np.where(slope, a, 0) * slope
     # Copies: the optimizer changes gamma in place before the next forward pass.
     gamma, beta = (None if p is None else copy(p) for p in (gamma, beta))
-    cache = Cache(*moments, x, gamma, beta, axis, eps, slope, valid, residual is not None)
+    rstd, valid = 1 / np.sqrt(var + eps), np.ones(x.shape, bool)
+    cache = Cache(*moments, x, gamma, beta, axis, z_hat, rstd, slope, valid, residual is not None)
     return _rounded(y, x.dtype, out), cache
 
 
+def batch_norm_backward_reduce(dy: ArrayLike, cache: Cache) -> tuple[Array, Array]:
+    """Take the sums of the gradients; see `fastbn.batch_norm_backward_reduce`."""
+    others, da = _other_axes(cache.x, cache.axis), _through_activation(dy, cache)
+    # dbeta_c = sum dy                     dgamma_c = sum dy * z_hat
+    dbeta = da.sum(axis=others)
+    dgamma = (da * cache.z_hat).sum(axis=others)
+    return dgamma, dbeta
+
+
+def batch_norm_backward_apply(
+    dy: ArrayLike, cache: Cache, dgamma: ArrayLike, dbeta: ArrayLike, *, out: Array | None = None
+) -> Any:
+    """Take the gradient of x by given sums; see `fastbn.batch_norm_backward_apply`."""
+    x, axis, count = cache.x, cache.axis, cache.count
+    gamma = 1.0 if cache.gamma is None else _per_channel(cache.gamma, x, axis)
+    dgamma, dbeta = _per_channel(dgamma, x, axis), _per_channel(dbeta, x, axis)
+    da = _through_activation(dy, cache)
+    # dx = gamma_c * rstd_c * (dy - dbeta_c / M - z_hat * dgamma_c / M)
+    dx = gamma * cache.rstd * (da - dbeta / count - cache.z_hat * dgamma / count)
+    dx = _rounded(np.where(cache.valid, dx, 0), x.dtype, out)
+    return (dx, _rounded(da, x.dtype, None)) if cache.residual else dx
+
+
+def _through_activation(dy: ArrayLike, cache: Cache) -> Array:
+    """Return da = dy * act'(a), which has the place of dy without an activation."""
+    counts = cache.slope * cache.valid
+    return np.where(counts, np.asarray(dy).astype(np.float64), 0) * cache.slope
+
+
+def _moments(x: Array, axis: int, valid: Array) -> Moments:
+    others = _other_axes(x, axis)
+    count = int(valid.sum()) // x.shape[axis]
+    z = np.where(valid, x.astype(np.float64), 0)
+    # mean_c = (1/M) sum x                 var_c = (1/M) sum (x - mean_c)^2
+    mean = z.sum(axis=others, keepdims=True) / max(count, 1)
+    var = ((z - mean) ** 2).sum(axis=others, where=valid) / max(count, 1)
+    return Moments(mean.reshape(-1), var, count)
+
+
 def _in_groups(
-    x: Array,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    residual: ArrayLike | None,
-    size: int,
-    out: Array | None,
+    x: Array, size: int, residual: Any, out: Array | None, *, axis: int, **options: Any
 ) -> tuple[Array, Groups]:
     """Normalise some examples at a time, each group by statistics of its own."""
-    _other_axes(x, axis)
-    batch = x.ndim - 1 if axis % x.ndim == 0 else 0
+    batch = x.ndim - 1 if 0 not in _other_axes(x, axis) else 0
     cuts = range(size, x.shape[batch], size)
     parts = np.split(x, cuts, axis=batch)
     addends = [None] * len(parts) if residual is None else np.split(residual, cuts, axis=batch)
     results = [
-        batch_norm(part, gamma, beta, axis=axis, eps=eps, activation=activation, residual=addend)
+        batch_norm(part, axis=axis, residual=addend, **options)
         for part, addend in zip(parts, addends, strict=True)
     ]
     ys, caches = zip(*results, strict=True)
     mean, var = (np.array([getattr(cache, name) for cache in caches]) for name in ("mean", "var"))
-    y = np.concatenate(ys, axis=batch)
-    return _rounded(y, x.dtype, out), Groups(mean, var, list(caches), batch)
-
-
-def _backward_in_groups(dy: Array, cache: Groups, out: Array | None) -> tuple[Array, ...]:
-    cuts = np.cumsum([each.x.shape[cache.batch] for each in cache.caches])[:-1]
-    parts = zip(np.split(dy, cuts, axis=cache.batch), cache.caches, strict=True)
-    sums, images = [], []
-    for part, each in parts:
-        sums.append(batch_norm_backward_reduce(part, each))
-        image = batch_norm_backward_apply(part, each, *sums[-1])
-        images.append(image if each.residual else (image,))
-    first = cache.caches[0]
-    dgamma, dbeta = np.sum(sums, axis=0)
-    dx, *dresidual = (np.concatenate(a, axis=cache.batch) for a in zip(*images, strict=True))
-    return (
-        _rounded(dx, dx.dtype, out),
-        _like_parameter(dgamma, first.gamma, first.x),
-        _like_parameter(dbeta, first.beta, first.x),
-        *dresidual,
-    )
+    return _rounded(np.concatenate(ys, axis=batch), x.dtype, out), Groups(mean, var, caches, batch)
 
 
 def _floats(x: ArrayLike) -> Array:
@@ -344,10 +288,10 @@ def _rounded(result: Array, dtype: np.dtype[Any], out: Array | None) -> Array:
     return out
 
 
-def _like_parameter(gradient: Array, parameter: ArrayLike | None, x: Array) -> Array:
+def _like_parameter(gradient: Array, parameter: ArrayLike | None, dx: Array) -> Array:
     """Return the gradient in the parameter's shape and dtype, or in those it would have had."""
-    like = np.empty(gradient.size) if parameter is None else np.asarray(parameter)
-    dtype = like.dtype
-    if not (isinstance(parameter, np.ndarray) and _is_float(like)):
-        dtype = x.dtype if x.dtype.itemsize > 2 else np.dtype(np.float32)
-    return gradient.reshape(like.shape).astype(dtype.newbyteorder("="))
+    shape = gradient.shape if parameter is None else np.shape(parameter)
+    dtype = dx.dtype if dx.dtype.itemsize > 2 else np.dtype(np.float32)
+    if isinstance(parameter, np.ndarray) and _is_float(parameter):
+        dtype = parameter.dtype
+    return gradient.reshape(shape).astype(dtype.newbyteorder("="))

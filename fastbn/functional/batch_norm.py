@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 from numpy.typing import ArrayLike, NDArray
 
 from fastbn.functional import entry
-from fastbn.functional.cache import Cache
+from fastbn.functional.entry import Cache
 
 Array: TypeAlias = NDArray[Any]
 Activation: TypeAlias = Literal["relu", "leaky_relu"] | None
@@ -36,10 +36,10 @@ def batch_norm(
     Parameters
     ----------
     x : array_like of float16, bfloat16, float32 or float64, 1 or more dimensions
-        The minibatch: any strides, memory order and byte order. Integers and lists are converted
-        to float64. The 16-bit types are for storage only: all arithmetic is float32 and float64.
+        In any strides, memory order and byte order. Integers and lists become float64. All
+        arithmetic is float32 and float64, that of the 16-bit types too.
     gamma, beta : array_like of C values, optional
-        Scale and shift of each channel, in any shape of that size. None stands for ones and zeros.
+        Scale and shift of each channel, in any shape of that size. None: ones and zeros.
     axis : int
         The channel axis: 1 for NCHW and NC, -1 for NHWC, 0 for the course's (n_h, m).
     eps : float
@@ -49,15 +49,14 @@ def batch_norm(
     residual : array_like, optional
         Of x's shape and dtype: what is added before the activation.
     mask : array_like of bool, optional
-        Of x's shape without `axis`: which positions count (of padded sequences, say). The others
-        are not part of the statistics, and y and dx are 0 there.
+        Of x's shape without `axis`: which positions count (of padded sequences, say). The
+        statistics leave out the others, and y and dx are 0 there.
     virtual_batch_size : int, optional
-        Normalise so many examples at a time, each group by statistics of its own (ghost batch
-        norm [2]_); the last group may be smaller. Examples are on axis 0, or on the last one where
-        `axis` is 0.
+        Normalise so many examples at a time by statistics of their own (ghost batch norm [2]_); the
+        last group may be smaller. Examples are on axis 0, or on the last one where `axis` is 0.
     out : ndarray, optional
-        Where y goes: of x's shape and dtype. It may be x itself (or overlap it); x is then lost,
-        and `batch_norm_backward` refuses the cache.
+        Where y goes: of x's shape and dtype. It may overlap x, or be x: `batch_norm_backward` then
+        refuses the cache, because x is lost.
 
     Returns
     -------
@@ -69,18 +68,15 @@ def batch_norm(
 
     Raises
     ------
-    TypeError
-        If an argument is not of a supported type or dtype.
-    ValueError
-        If a shape, `axis`, `eps`, `activation`, `mask` or `virtual_batch_size` does not fit, or x
-        has no values (M = 0).
+    TypeError, ValueError
+        If the type, dtype, shape or value of an argument does not fit, or x has no values (M = 0).
 
     Notes
     -----
-    In float32 errors are at most 2 eps of the largest value of the result (of what is added up for
-    it, where there is a residual or an activation, which may leave only small ones). The bits are
-    the same on every CPU. With M = 1, y is beta. A NaN or an infinity makes its own channel NaN,
-    and no other; mean or var is then not finite.
+    In float32 errors are at most 2 eps of the largest value of the result (with a residual or an
+    activation: of what is added up for it). The bits are the same on every CPU. With M = 1, y is
+    beta. A NaN or an infinity makes its own channel NaN, and no other; mean or var is then not
+    finite.
 
     References
     ----------
@@ -134,7 +130,7 @@ def batch_norm_inference(
     Returns
     -------
     y : ndarray
-        Of x's shape and dtype (in native byte order), laid out in memory as x is.
+        As of `batch_norm`.
 
     Raises
     ------
@@ -147,9 +143,8 @@ def batch_norm_inference(
     >>> fastbn.batch_norm_inference(np.array([[1.0, 10.0]]), [0, 5], [1, 25], eps=0)
     array([[1., 1.]])
     """
-    given = mean, 0.0, var
     return entry.forward(
-        x, given, gamma, beta, axis, eps, activation, residual, None, None, out, False
+        x, (mean, var), gamma, beta, axis, eps, activation, residual, None, None, out, False
     )[0]
 
 
@@ -166,8 +161,9 @@ def inference_with_cache(
     mask: ArrayLike | None = None,
 ) -> tuple[Array, Cache]:
     """Do as `batch_norm_inference`; return the cache for gradients at constant statistics too."""
-    given = mean, 0.0, var
-    return entry.forward(x, given, gamma, beta, axis, eps, activation, residual, mask, None, None)
+    return entry.forward(
+        x, (mean, var), gamma, beta, axis, eps, activation, residual, mask, None, None
+    )
 
 
 def batch_norm_backward(
@@ -190,31 +186,29 @@ def batch_norm_backward(
     cache : Cache
         What `batch_norm` returned. It can be used any number of times.
     out : ndarray, optional
-        Where dx goes: of x's shape and dtype. It may be dy. It may overlap x as well; the cache is
-        then used up.
+        Where dx goes: of x's shape and dtype. It may be dy. It may overlap x: the cache is then
+        used up.
 
     Returns
     -------
     dx : ndarray
         Of x's shape and dtype, laid out in memory as x is.
     dgamma, dbeta : ndarray
-        In the shape and dtype that gamma and beta were given in. Where they were None, shape (C,);
-        where they were None or no array of floats, x's dtype, but float32 where that has 16 bits.
+        In the shape and dtype that gamma and beta were given in; of None, shape (C,). Of None or
+        what is no array of floats: x's dtype, but float32 where that has 16 bits.
     dresidual : ndarray
-        Only where a residual was given: the gradient with respect to it, ``dy * act'``.
+        Where a residual was given: the gradient with respect to it, ``dy * act'``.
 
     Raises
     ------
-    TypeError
-        If `cache` is none, or dy is of another dtype than x.
-    ValueError
-        If a shape does not fit, x has been overwritten by ``out=``, or the statistics are those of
-        more than x (see `batch_norm_backward_reduce`).
+    TypeError, ValueError
+        If `cache` is none, or the dtype or shape of dy or out does not fit; if ``out=`` has
+        overwritten x; if the statistics are of more than x (see `batch_norm_backward_reduce`).
 
     Notes
     -----
-    In float32 errors are at most 2 eps of the largest value of the result; for dx, where it is the
-    small difference of large terms (dy almost a multiple of z_hat, or M = 2), 2 eps of those.
+    In float32 errors are at most 2 eps of the largest value of the result; where dx is the small
+    difference of large terms (dy almost a multiple of z_hat, or M = 2), 2 eps of those.
 
     Examples
     --------

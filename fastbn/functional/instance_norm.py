@@ -4,7 +4,7 @@ from numpy.typing import ArrayLike
 
 from fastbn.functional import entry
 from fastbn.functional.batch_norm import Activation, Array
-from fastbn.functional.cache import Cache
+from fastbn.functional.entry import Cache
 
 
 def instance_norm(
@@ -36,7 +36,7 @@ def instance_norm(
     Returns
     -------
     y : ndarray
-        Of x's shape and dtype.
+        As of `batch_norm`.
     cache : Cache
         For `instance_norm_backward`. It has `mean` and `var`: float64, shape (N, C), var biased.
 

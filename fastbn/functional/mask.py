@@ -5,44 +5,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastbn import checks
+
 Array = NDArray[Any]
 
 
 class Valid:
-    """The positions that a mask leaves of arrays like x.
-
-    Parameters
-    ----------
-    mask : array_like of bool, of x's shape without `axis`
-        Which positions count.
-    x : ndarray
-    axis : int
-        The channel axis of x, known to be one.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If mask is not of that shape and type.
-    """
+    """The positions that a mask, of x's shape without the channel axis, leaves of arrays like x."""
 
     def __init__(self, mask: ArrayLike, x: Array, axis: int) -> None:
-        try:
-            mask = np.array(mask)  # a copy: the backward pass goes by it
-        except ValueError as error:  # nested lists of unequal lengths
-            raise ValueError(f"mask: expected an array_like of bool, got {error}") from None
-        if mask.dtype != bool:
-            raise TypeError(f"mask: expected bool, got {mask.dtype}")
-        expected = tuple(n for i, n in enumerate(x.shape) if i != axis % x.ndim)
-        if mask.shape != expected:
+        self.channel_axis = checks.axis(axis, x.ndim) % x.ndim
+        self.mask = checks.array("mask", mask, "bool").copy()  # the backward pass goes by it
+        if self.mask.dtype != bool:
+            raise TypeError(f"mask: expected bool, got {self.mask.dtype}")
+        expected = tuple(n for i, n in enumerate(x.shape) if i != self.channel_axis)
+        if self.mask.shape != expected:
             raise ValueError(
-                f"mask: expected shape {expected}, x's without axis {axis}, got {mask.shape}"
+                f"mask: expected shape {expected}, x's without axis {axis}, got {self.mask.shape}"
             )
-        self.mask, self.shape, self.channel_axis = mask, x.shape, axis
-        self.count = int(np.count_nonzero(mask))
+        self.count = int(np.count_nonzero(self.mask))
+        # What dy and out must be like: x without its values.
+        self.like = np.broadcast_to(np.empty((), x.dtype.newbyteorder("=")), x.shape)
         self.by_memory = np.argsort([-abs(stride) for stride in x.strides], kind="stable")
         # Values of a position lie together, or those of a channel: so they are put together.
-        self.axis = 1 if self.by_memory[-1] == axis % x.ndim else 0
-        self.at = mask if self.axis else (slice(None), mask)
+        self.axis = 1 if self.by_memory[-1] == self.channel_axis else 0
+        self.at = self.mask if self.axis else (slice(None), self.mask)
 
     def take(self, array: Array) -> Array:
         """Return the values at valid positions, with the channels on ``self.axis`` of two."""
@@ -52,7 +39,7 @@ class Valid:
     def put(self, values: Array, out: Array | None = None) -> Array:
         """Undo `take`: return an array (out, where given) that is 0 at the other positions."""
         if out is None:
-            shape = [self.shape[i] for i in self.by_memory]
+            shape = [self.like.shape[i] for i in self.by_memory]
             out = np.empty(shape, values.dtype).transpose(np.argsort(self.by_memory))
         out[...] = 0
         self._channels_moved(out)[self.at] = values

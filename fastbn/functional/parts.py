@@ -7,12 +7,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastbn.functional import entry
 from fastbn.functional.batch_norm import Activation, Array
-from fastbn.functional.cache import Cache, merged
+from fastbn.functional.entry import Cache
 from fastbn.functional.moments import Moments, check_moments
 
 
 def batch_moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     """Return mean and variance of each channel of a minibatch, or of one part of it.
+
+    `merge_moments` puts those of several parts together, `normalize` takes them.
 
     Parameters
     ----------
@@ -28,11 +30,6 @@ def batch_moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     ------
     TypeError, ValueError
         If x is not of a supported type, or `axis` does not fit.
-
-    See Also
-    --------
-    merge_moments : puts those of several parts together.
-    normalize : takes them to normalise any part.
 
     Examples
     --------
@@ -87,7 +84,9 @@ def merge_moments(*moments: Moments) -> Moments:
         np.array([np.broadcast_to(np.ravel(getattr(m, field)), size) for m in moments], np.float64)
         for field in ("mean", "mean_low", "var")
     )
-    return merged(means, lows, variances, np.array([m.count for m in moments], dtype=np.float64))
+    return entry.merged(
+        means, lows, variances, np.array([m.count for m in moments], dtype=np.float64)
+    )
 
 
 def normalize(
@@ -136,7 +135,10 @@ def normalize(
     >>> [fastbn.normalize(x, moments, eps=0)[0].item() for x in parts]
     [-1.0, 1.0]
     """
-    return entry.normalize_part(x, moments, gamma, beta, axis, eps, activation, residual, out)
+    check_moments(moments, "moments", np.size(getattr(moments, "mean", ())))
+    if moments.count == 0:
+        raise ValueError("moments: expected those of one value per channel at least, got count 0")
+    return entry.forward(x, moments, gamma, beta, axis, eps, activation, residual, None, None, out)
 
 
 def batch_norm_backward_reduce(
@@ -144,15 +146,12 @@ def batch_norm_backward_reduce(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Take the sums that the gradients of a part need, the first half of `batch_norm_backward`.
 
-    ``dbeta_c = sum dy``, ``dgamma_c = sum dy * z_hat`` (dy behind an activation counted as that
-    lets it through).
+    ``dbeta_c = sum dy``, ``dgamma_c = sum dy * z_hat``; with an activation of ``dy * act'``.
 
     Parameters
     ----------
-    dy : array_like
-        Gradient of the loss with respect to y: of its shape and dtype.
-    cache : Cache
-        What `normalize` or `batch_norm` returned.
+    dy, cache
+        As in `batch_norm_backward`; the cache may be of `normalize`.
 
     Returns
     -------
@@ -177,12 +176,7 @@ def batch_norm_backward_reduce(
 
 
 def batch_norm_backward_apply(
-    dy: ArrayLike,
-    cache: Cache,
-    dgamma: ArrayLike,
-    dbeta: ArrayLike,
-    *,
-    out: Array | None = None,
+    dy: ArrayLike, cache: Cache, dgamma: ArrayLike, dbeta: ArrayLike, *, out: Array | None = None
 ) -> Any:
     """Take the gradient from y back to x of a part, the second half of `batch_norm_backward`.
 
@@ -195,8 +189,8 @@ def batch_norm_backward_apply(
         As in `batch_norm_backward_reduce`.
     dgamma, dbeta : array_like of C values
         The sums over all parts.
-    out : ndarray, optional
-        Where dx goes, as in `batch_norm_backward`.
+    out
+        As in `batch_norm_backward`.
 
     Returns
     -------

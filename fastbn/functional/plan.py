@@ -15,11 +15,6 @@ def plan(
     The axes are taken in the order of memory, so a Fortran-ordered or channels-last array needs no
     copy: walked along its memory, it is a C-contiguous array with its axes permuted. None says that
     it is not (gaps, negative or repeated strides): copy it first.
-
-    Raises
-    ------
-    ValueError
-        If `axis` is not an axis of `shape`.
     """
     axis = checks.axis(axis, len(shape)) % len(shape)
     by_memory = sorted(

@@ -1,72 +1,53 @@
-"""What this CPU and its operating system can run, and how large its cache is.
-
-A CPU that has wide registers is not enough: the operating system must save them when it switches
-threads, which it says in the register XCR0. Both are asked here, the same way with every compiler.
-"""
+"""What this CPU and its operating system can run, and how large its cache is."""
 
 cdef extern from *:
     """
     #include <stdint.h>
+    enum { EAX, EBX, ECX, EDX };
     #if defined(_M_X64)
+      #define NOMINMAX
+      #include <windows.h>
       #include <intrin.h>
+      #define FASTBN_HAS(name, windows) IsProcessorFeaturePresent(windows)
       static void fastbn_cpuid(uint32_t leaf, int subleaf, uint32_t r[4]) {
           __cpuidex((int*)r, (int)leaf, subleaf);
       }
-      static uint64_t fastbn_xcr0(void) { return _xgetbv(0); }
     #elif defined(__x86_64__)
       #include <cpuid.h>
+      #define FASTBN_HAS(name, windows) __builtin_cpu_supports(name)
       static void fastbn_cpuid(uint32_t leaf, int subleaf, uint32_t r[4]) {
-          __cpuid_count(leaf, subleaf, r[0], r[1], r[2], r[3]);
-      }
-      static uint64_t fastbn_xcr0(void) {
-          uint32_t low, high;
-          __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-          return ((uint64_t)high << 32) | low;
+          __cpuid_count(leaf, subleaf, r[EAX], r[EBX], r[ECX], r[EDX]);
       }
     #else
-      static void fastbn_cpuid(uint32_t leaf, int subleaf, uint32_t r[4]) {
-          (void)leaf; (void)subleaf;
-          r[0] = r[1] = r[2] = r[3] = 0;
-      }
-      static uint64_t fastbn_xcr0(void) { return 0; }
+      #define FASTBN_HAS(name, windows) false
+      static void fastbn_cpuid(uint32_t, int, uint32_t r[4]) { r[EAX] = r[EBX] = r[ECX] = 0; }
     #endif
+
+    // The CPU must have wide registers, and the system must save them when it switches threads.
+    // The compiler's function and that of Windows ask for both. Windows knows AVX2 (40) and
+    // AVX-512F (41) alone; where it runs, CPUs with these have the others of their line as well.
+    struct Feature { const char* name; bool here; };
+    static Feature fastbn_features[] = {
+        {"fma", FASTBN_HAS("fma", 40)},
+        {"avx2", FASTBN_HAS("avx2", 40)},
+        {"avx512f", FASTBN_HAS("avx512f", 41)},
+        {"avx512dq", FASTBN_HAS("avx512dq", 41)},
+        {"avx512bw", FASTBN_HAS("avx512bw", 41)},
+        {"avx512vl", FASTBN_HAS("avx512vl", 41)},
+    };
     """
     ctypedef unsigned int uint32_t
-    ctypedef unsigned long long uint64_t
+    enum: EAX, EBX, ECX
     void fastbn_cpuid(uint32_t leaf, int subleaf, uint32_t* registers)
-    uint64_t fastbn_xcr0()
-
-# (name, bit): Intel's manual, volume 2, CPUID. Leaf 1, ECX, and leaf 7, EBX.
-WIDE_256_LEAF_1 = [("fma", 12), ("f16c", 29)]
-WIDE_256 = [("avx2", 5)]
-WIDE_512 = [("avx512f", 16), ("avx512dq", 17), ("avx512bw", 30), ("avx512vl", 31)]
-
-cdef enum:
-    EAX = 0
-    EBX = 1
-    ECX = 2
-    OSXSAVE = 1 << 27   # ECX in leaf 1: XCR0 can be asked
-    XCR0_256 = 0x06     # XMM and the upper halves of YMM are saved
-    XCR0_512 = 0xE6     # and the masks, the upper halves of ZMM0-15, and ZMM16-31
+    cdef struct Feature:
+        const char* name
+        bint here
+    Feature[6] fastbn_features
 
 
 def cpu_features():
     """Return the names of the vector instructions beyond the baseline that can be used here."""
-    cdef uint32_t r[4]
-    cdef uint64_t saved
-    fastbn_cpuid(0, 0, r)
-    if r[0] < 7:
-        return []
-    fastbn_cpuid(1, 0, r)
-    if not r[ECX] & OSXSAVE:
-        return []
-    saved = fastbn_xcr0()
-    if saved & XCR0_256 != XCR0_256:
-        return []
-    found = [name for name, bit in WIDE_256_LEAF_1 if r[ECX] >> <int>bit & 1]
-    fastbn_cpuid(7, 0, r)
-    candidates = WIDE_256 + (WIDE_512 if saved & XCR0_512 == XCR0_512 else [])
-    return found + [name for name, bit in candidates if r[EBX] >> <int>bit & 1]
+    return [feature.name.decode() for feature in fastbn_features if feature.here]
 
 
 cdef size_t largest_cache():

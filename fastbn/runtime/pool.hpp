@@ -1,13 +1,13 @@
 // The worker threads.
 //
-// One job at a time, cut into chunks. One counter hands the chunks out. The caller takes chunks as a
-// worker does, so it never waits for a worker that has not begun, and a worker that wakes late finds
-// nothing to do and does no harm. Which thread computes a chunk changes no bit of a result.
+// One job at a time, cut into chunks, which one counter hands out. The caller takes chunks as a
+// worker does, so it never waits for a worker that has not begun. A worker that wakes late finds
+// nothing to do. Which thread computes a chunk changes no bit of a result.
 //
 // A caller that finds the pool busy (with another thread's job, or with its own) does all chunks
-// itself. Workers that find nothing yield for a moment, so that a loop of calls need not wake them
-// each time, then sleep. They block signals, so Ctrl-C reaches Python's main thread. After a
-// fork the child begins with a new pool, for the old one's threads do not exist there.
+// itself. Workers that find nothing yield for a moment, so that a loop of calls need not wake them,
+// then sleep. They block signals, so Ctrl-C reaches Python's main thread. A child of a fork begins
+// with a new pool, because the threads of the old one do not exist there.
 
 #pragma once
 
@@ -93,7 +93,7 @@ class Pool {
                 std::this_thread::yield();
             } else {
                 std::unique_lock<std::mutex> lock(mutex_);
-                sleepers_.fetch_add(1);  // before the last look at the ticket: see share_out()
+                sleepers_.fetch_add(1);  // before the last look at the ticket: see share_out
                 // A worker that wakes too late for this job stays awake and helps with the next.
                 // Else it would never help with calls that take no longer than waking.
                 if (!wanted(id)) do wake_.wait(lock); while (id >= helpers_.load());

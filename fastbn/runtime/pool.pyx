@@ -3,8 +3,9 @@
 import os
 import re
 from math import ceil
-from operator import index
 from pathlib import Path
+
+from fastbn import checks
 
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
     cdef cppclass Pool:
@@ -13,17 +14,13 @@ cdef extern from "pool.hpp" namespace "fastbn" nogil:
 
 cdef extern from *:
     """
-    #if defined(_WIN32)
-      #define FASTBN_EXPORT extern "C" __declspec(dllexport)
-    #else
-      #define FASTBN_EXPORT extern "C" __attribute__((visibility("default")))
-    #endif
     #include <atomic>
     static std::atomic<int> fastbn_threads{1};
-    // For threadpoolctl, which finds the library by these names.
-    FASTBN_EXPORT int fastbn_get_num_threads() { return fastbn_threads.load(); }
-    FASTBN_EXPORT void fastbn_set_num_threads(int n) {
-        fastbn_threads.store(n < 1 ? 1 : n > 1024 ? 1024 : n);
+    extern "C" {  // for threadpoolctl, which finds the library by these names
+    Py_EXPORTED_SYMBOL int fastbn_get_num_threads() { return fastbn_threads; }
+    Py_EXPORTED_SYMBOL void fastbn_set_num_threads(int n) {
+        fastbn_threads = n < 1 ? 1 : n > 1024 ? 1024 : n;
+    }
     }
     """
     int fastbn_get_num_threads() noexcept nogil
@@ -67,10 +64,7 @@ def set_num_threads(n):
     >>> fastbn.get_num_threads()
     2
     """
-    try:
-        n = index(n)
-    except TypeError:
-        raise TypeError(f"n: expected an integer, got {type(n).__name__}") from None
+    n = checks.integer("n", n)
     if not 1 <= n <= MOST:
         raise ValueError(f"n: expected an integer from 1 to {MOST}, got {n}")
     fastbn_set_num_threads(n)
@@ -90,33 +84,28 @@ def cpus_of_control_group(root="/sys/fs/cgroup", membership="/proc/self/cgroup")
         return None
     for line in lines:
         _, controllers, path = (line.split(":", 2) + ["none", ""])[:3]
-        if controllers == "":  # version 2: "max 100000" or "150000 100000"
-            base, read = Path(root), read_cpu_max
+        if controllers == "":  # version 2
+            base = Path(root)
         elif "cpu" in controllers.split(","):
-            base, read = Path(root, "cpu"), read_cfs_quota
+            base = Path(root, "cpu")
         else:
             continue
         here = base / path.lstrip("/")
         # Limits of the groups around it hold as well. In a container the path may be the host's.
-        for group in (here, *here.parents):
-            if group.is_relative_to(base):
-                quotas.append(read(group))
+        quotas += [quota_of(group) for group in (here, *here.parents) if group.is_relative_to(base)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def read_cpu_max(group):
+def quota_of(group):
+    """Return how many CPUs a control group grants, or None."""
     try:
-        quota, period = (group / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def read_cfs_quota(group):
-    try:
-        quota = int((group / "cpu.cfs_quota_us").read_text())
-        return None if quota < 0 else quota / int((group / "cpu.cfs_period_us").read_text())
-    except (OSError, ValueError, ZeroDivisionError):
+        if (group / "cpu.max").exists():  # version 2: "150000 100000" or "max 100000"
+            quota, period = (group / "cpu.max").read_text().split()
+        else:  # version 1: -1 is no limit
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return int(quota) / int(period) if int(quota) >= 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # ValueError: also "max"
         return None
 
 
@@ -135,8 +124,7 @@ def default_num_threads():
         return int(openmp[1])
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    granted = cpus_of_control_group()
-    return max(1, min(cpus, MOST if granted is None else ceil(granted), MOST))
+    return max(1, min(cpus, ceil(cpus_of_control_group() or cpus), MOST))
 
 
 fastbn_set_num_threads(default_num_threads())

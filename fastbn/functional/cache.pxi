@@ -1,13 +1,13 @@
-"""What the backward pass needs of the forward pass, and what layers keep of it."""
+# What the backward pass needs of the forward pass, and what layers keep of it.
 
-import numpy as np
 
-cimport cython
-cimport numpy as cnp
-
-from fastbn.functional.moments import Moments
-
-cnp.import_array()
+cdef enum:  # the rows of a cache's statistics; those before GAMMA have one for each group
+    MEAN
+    MEAN_LOW
+    VAR
+    GAMMA
+    BETA  # only while y is computed
+    ROWS
 
 
 @cython.final
@@ -26,6 +26,27 @@ cdef class Cache:
         The statistics of the whole minibatch, all groups together.
     """
 
+    cdef cnp.ndarray statistics  # float64: means, their low parts, vars, gamma
+    cdef cnp.ndarray x           # in memory as the kernels want it; None once out= overwrote it
+    cdef Type type
+    cdef Py_ssize_t examples
+    cdef Py_ssize_t outer        # of these in a group
+    cdef Py_ssize_t channels
+    cdef Py_ssize_t inner
+    cdef double count            # values of a channel that the statistics are of
+    cdef double eps
+    cdef Py_ssize_t groups
+    cdef bint grouped
+    cdef bint fixed              # the statistics were given, so they are constants
+    cdef bint residual           # there was one
+    cdef bint activated
+    cdef double slope            # of the activation below 0
+    cdef cnp.ndarray signs       # a bit for each value: whether it was above 0 there (see Job)
+    cdef Py_ssize_t first_bit
+    cdef object valid            # the positions of x that a mask has left (see mask.py), or None
+    cdef cnp.ndarray gamma_like  # has the shape and dtype of the gradient; None: (C,), as x
+    cdef cnp.ndarray beta_like
+
     @property
     def mean(self):
         return self.matrix(MEAN)
@@ -36,19 +57,23 @@ cdef class Cache:
 
     @property
     def moments(self):
-        return merged(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), self.counts())
+        counts = np.full(self.groups, self.count)
+        if self.grouped:
+            counts[:] = self.outer * self.inner
+            counts[self.groups - 1] = (self.examples - (self.groups - 1) * self.outer) * self.inner
+        return merged(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), counts)
 
     cdef object matrix(self, int which):
         rows = self.statistics[which * self.groups:(which + 1) * self.groups]
         return rows if self.grouped else rows[0]
 
-    cdef object counts(self):
-        """Return how many values of a channel each group has."""
-        counts = np.full(self.groups, self.count)
-        if self.grouped:
-            counts[:] = self.outer * self.inner
-            counts[self.groups - 1] = (self.examples - (self.groups - 1) * self.outer) * self.inner
-        return counts
+
+cdef inline double* row_of(Cache cache, int which) noexcept:
+    """Return a row of the statistics, that of the first group."""
+    cdef Py_ssize_t row = which * cache.groups
+    if which > GAMMA:
+        row = GAMMA * cache.groups + which - GAMMA
+    return <double*>cnp.PyArray_DATA(cache.statistics) + row * cache.channels
 
 
 cdef Cache checked_cache(object cache, bint one_group=False):

@@ -1,16 +1,4 @@
-"""Where results go: memory of their own, or what out= names."""
-
-import numpy as np
-
-cimport numpy as cnp
-from libc.stdint cimport uintptr_t
-
-from fastbn.functional.arguments cimport float64s, is_ready, same_memory_order
-from fastbn.functional.cache cimport Cache
-from fastbn.kernels.job cimport FLOAT64
-from fastbn.runtime import memory as recycled
-
-cnp.import_array()
+# Where results go: memory of their own, or what out= names.
 
 cdef enum:
     RECYCLED = 2 << 20   # bytes: malloc may give larger blocks back, and new pages fault
@@ -21,12 +9,11 @@ cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
 
     Packs of it are aligned where those of `beside` are, so that both can be written past the cache.
     """
+    cdef uintptr_t offset = 0
     if cnp.PyArray_NBYTES(memory) > RECYCLED:
-        if beside is None:
-            return recycled.empty_like(memory)
-        return recycled.empty_like(
-            memory, <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>recycled.ALIGNMENT
-        )
+        if beside is not None:
+            offset = <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>recycled.ALIGNMENT
+        return recycled.empty_like(memory, offset)
     if cnp.PyArray_IS_C_CONTIGUOUS(memory):
         return cnp.PyArray_EMPTY(
             cnp.PyArray_NDIM(memory), cnp.PyArray_DIMS(memory), cnp.PyArray_TYPE(memory), 0
@@ -34,26 +21,30 @@ cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
     return np.empty_like(memory, subok=False)
 
 
+cdef struct Stretch:
+    char* begin
+    char* end
+
+
+cdef Stretch stretch_of(cnp.ndarray array):
+    """Return between which addresses the elements lie."""
+    cdef char* begin = <char*>cnp.PyArray_DATA(array)
+    cdef Stretch found = Stretch(begin, begin + cnp.PyArray_ITEMSIZE(array))
+    cdef cnp.npy_intp span
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(array)):
+        span = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
+        found.begin += min(span, 0)
+        found.end += max(span, 0)
+    return found
+
+
 cdef bint may_share(cnp.ndarray a, cnp.ndarray b):
     """Whether the stretches of memory that two arrays lie in overlap."""
-    cdef char* low[2]
-    cdef char* high[2]
-    cdef cnp.ndarray array
-    cdef cnp.npy_intp span
-    cdef int i, which
-    for which in range(2):
-        array = a if which == 0 else b
-        if cnp.PyArray_SIZE(array) == 0:
-            return False
-        low[which] = <char*>cnp.PyArray_DATA(array)
-        high[which] = low[which] + cnp.PyArray_ITEMSIZE(array)
-        for i in range(cnp.PyArray_NDIM(array)):
-            span = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
-            if span < 0:
-                low[which] += span
-            else:
-                high[which] += span
-    return low[0] < high[1] and low[1] < high[0]
+    cdef Stretch first = stretch_of(a), second = stretch_of(b)
+    if cnp.PyArray_SIZE(a) == 0 or cnp.PyArray_SIZE(b) == 0:
+        return False
+    return first.begin < second.end and second.begin < first.end
 
 
 cdef bint is_safe_target(cnp.ndarray out, cnp.ndarray source):
@@ -67,23 +58,30 @@ cdef bint is_safe_target(cnp.ndarray out, cnp.ndarray source):
     )
 
 
-cdef cnp.ndarray target(object out, cnp.ndarray memory, cnp.ndarray other):
-    """Return out where the kernel can write it directly, else a fresh array."""
+cdef cnp.ndarray target(Cache cache, object out, cnp.ndarray other):
+    """Return out where the kernel can write it directly, else a fresh array laid out as x is."""
     if (
         out is not None
+        and cache.valid is None
         and is_ready(out)
-        and same_memory_order(out, memory)
-        and is_safe_target(out, memory)
+        and same_memory_order(out, cache.x)
+        and is_safe_target(out, cache.x)
         and (other is None or is_safe_target(out, other))
     ):
         return out
-    return fresh_like(memory)
+    return fresh_like(cache.x)
 
 
-cdef object deliver(cnp.ndarray result, object out):
-    if out is None or result is out:
+cdef object deliver(Cache cache, cnp.ndarray result, object out):
+    """Return the result, in out where there is one; forget an x that it has overwritten."""
+    if cache.valid is not None:
+        return cache.valid.put(result, out)
+    if out is None:
         return result
-    np.copyto(out, result)
+    if may_share(out, cache.x):
+        cache.x = None
+    if result is not out:
+        np.copyto(out, result)
     return out
 
 

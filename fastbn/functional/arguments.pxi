@@ -1,20 +1,10 @@
-"""What the functions are given: checked here, whole, before anything is written.
+# What the functions are given: checked here, whole, before anything is written.
+#
+# An ndarray that is as one expects, contiguous, aligned and of a common type, goes through C alone,
+# for a call with small arrays costs what is done here. `fastbn.checks` sees to everything else.
 
-An ndarray that is as one expects, contiguous, aligned and of a common type, goes through C alone,
-for a call with small arrays costs what is done here. `fastbn.checks` sees to everything else.
-"""
-
-import numpy as np
-
-cimport numpy as cnp
-from libc.math cimport isfinite
-
-from fastbn import checks
-from fastbn.functional.cache cimport Cache
-from fastbn.functional.plan import plan
-from fastbn.kernels.job cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Type
-
-cnp.import_array()
+cdef enum:
+    OTHER = -1  # a type that kernels do not take
 
 cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
 
@@ -38,19 +28,30 @@ cdef int type_of(cnp.ndarray array):
 cdef cnp.ndarray as_floats(object value, str name):
     """Return value as an ndarray of a type that type_of knows, in any memory and byte order."""
     cdef cnp.ndarray array
-    if type(value) is np.ndarray:
-        array = value
-    elif isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected an array without a mask, got a masked array")
-    else:
-        array = checks.array(name, value)
-    if type_of(array) == OTHER:
-        if array.dtype.kind not in "biu":
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}"
-            )
-        array = array.astype(np.float64)
-    return array
+    if not cnp.PyArray_CheckExact(value):
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name}: expected an array without a mask, got a masked array")
+        value = checks.array(name, value)
+    array = value
+    if type_of(array) != OTHER:
+        return array
+    if array.dtype.kind in "biu":
+        return array.astype(np.float64)
+    raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}")
+
+
+cdef inline bint is_ready(cnp.ndarray array):
+    """Whether the kernels can read the elements as they are."""
+    return cnp.PyArray_ISALIGNED(array) and cnp.PyArray_ISNOTSWAPPED(array)
+
+
+cdef inline bint same_memory_order(cnp.ndarray a, cnp.ndarray b):
+    """Whether two arrays of one shape can be walked side by side, element by element."""
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
+            return False
+    return True
 
 
 cdef tuple plan_of(cnp.ndarray x, object axis):
@@ -74,33 +75,33 @@ cdef bint place_x(Cache cache, cnp.ndarray x, object axis) except -1:
         if cache.channels == 1:
             cache.outer, cache.inner = 1, cache.outer * cache.inner
     else:
-        dims = plan_of(x, axis)
-        if dims is None or not is_ready(x):
+        dims = plan_of(x, axis) if is_ready(x) else None
+        if dims is None:
             x = np.array(x, dtype=x.dtype.newbyteorder("="), order="K", copy=True)
             dims = plan_of(x, axis)
         cache.outer, cache.channels, cache.inner = dims
     cache.examples, cache.groups = cache.outer, 1
+    cache.count = <double>cache.outer * cache.inner
     cache.x = x
     cache.type = <Type>type_of(x)
     return True
 
 
-cdef bint place_groups(Cache cache, cnp.ndarray x, object axis, object size) except -1:
-    """Do as place_x, and cut the examples of the minibatch into groups of some size.
+cdef bint form_groups(Cache cache, object axis, object size) except -1:
+    """Cut the examples of the minibatch, which was placed, into groups of some size.
 
     The memory of an example must lie together: other arrays are copied. Examples are on axis 0, or
     on the last one where that is the axis of the channels.
     """
+    cdef cnp.ndarray x = cache.x
+    cdef int ndim = cnp.PyArray_NDIM(x), batch = 0
     cdef Py_ssize_t count, each
-    cdef int batch = 0
-    axis = checks.integer("axis", axis)
-    place_x(cache, x, axis)
-    x = cache.x
-    if cnp.PyArray_NDIM(x) < 2:
-        raise ValueError(f"x: expected an axis of examples beside that of the channels, got shape "
-                         f"{np.shape(x)}")
-    if axis % cnp.PyArray_NDIM(x) == 0:
-        batch = cnp.PyArray_NDIM(x) - 1
+    if ndim < 2:
+        raise ValueError(
+            f"x: expected an axis of examples beside that of the channels, got shape {np.shape(x)}"
+        )
+    if checks.integer("axis", axis) % ndim == 0:
+        batch = ndim - 1
     count = cnp.PyArray_DIM(x, batch)
     size = checks.integer("virtual_batch_size", size)
     if size < 1:
@@ -115,6 +116,7 @@ cdef bint place_groups(Cache cache, cnp.ndarray x, object axis, object size) exc
             cache.examples, cache.inner = count, cache.inner // count
         cache.outer = cache.examples // count * each
         cache.groups = (count + each - 1) // each
+        cache.count = <double>cache.outer * cache.inner
     cache.grouped = True
     return True
 
@@ -125,22 +127,19 @@ cdef cnp.ndarray float64s(Py_ssize_t count, double* values):
     return cnp.PyArray_SimpleNewFromData(1, &size, cnp.NPY_FLOAT64, values)
 
 
-cdef cnp.ndarray copy_values(
-    object value, str name, Py_ssize_t channels, double* values, Type x_type
-):
-    """Copy a value per channel into values; return what its gradient looks like (see Cache)."""
+cdef cnp.ndarray copy_values(Cache cache, object value, str name, double* into):
+    """Copy a value per channel; return what its gradient looks like (see Cache)."""
     cdef cnp.ndarray array
-    cdef Py_ssize_t c
-    if type(value) is np.ndarray:
+    cdef Py_ssize_t c, channels = cache.channels
+    if cnp.PyArray_CheckExact(value):
         array = value
         if cnp.PyArray_ISCARRAY_RO(array) and cnp.PyArray_SIZE(array) == channels:
             if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
                 for c in range(channels):
-                    values[c] = (<float*>cnp.PyArray_DATA(array))[c]
+                    into[c] = (<float*>cnp.PyArray_DATA(array))[c]
                 return array
             if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
-                for c in range(channels):
-                    values[c] = (<double*>cnp.PyArray_DATA(array))[c]
+                memcpy(into, cnp.PyArray_DATA(array), channels * sizeof(double))
                 return array
     elif value is None:
         raise TypeError(f"{name}: expected {channels} value(s), one per channel, got None")
@@ -149,10 +148,37 @@ cdef cnp.ndarray copy_values(
         raise ValueError(
             f"{name}: expected {channels} value(s), one per channel, got shape {np.shape(array)}"
         )
-    cnp.PyArray_CopyAnyInto(float64s(channels, values), array)
-    if isinstance(value, np.ndarray) and type_of(value) != OTHER:
+    cnp.PyArray_CopyAnyInto(float64s(channels, into), array)
+    if cnp.PyArray_Check(value) and type_of(value) != OTHER:
         return np.empty(np.shape(array), array.dtype.newbyteorder("="))
-    return np.empty(np.shape(array), np.float64 if x_type == FLOAT64 else np.float32)
+    return np.empty(np.shape(array), np.float64 if cache.type == FLOAT64 else np.float32)
+
+
+cdef cnp.ndarray copy_parameter(Cache cache, object value, str name, int which, double default):
+    """Copy gamma or beta, or what stands for one that is None, into the cache."""
+    cdef Py_ssize_t c
+    if value is not None:
+        return copy_values(cache, value, name, row_of(cache, which))
+    for c in range(cache.channels):
+        row_of(cache, which)[c] = default
+    return None
+
+
+cdef bint copy_statistics(Cache cache, object statistics) except -1:
+    """Copy given statistics: (mean, var), which are constants, or Moments of more than x."""
+    cdef Py_ssize_t c
+    copy_values(cache, statistics[0], "mean", row_of(cache, MEAN))
+    copy_values(cache, statistics[1], "var", row_of(cache, VAR))
+    for c in range(cache.channels):
+        if row_of(cache, VAR)[c] < 0:
+            raise ValueError(f"var: expected values >= 0, got {cache.var.min()}")
+    memset(row_of(cache, MEAN_LOW), 0, cache.channels * sizeof(double))
+    if isinstance(statistics, Moments):
+        cache.matrix(MEAN_LOW)[...] = statistics.mean_low
+        cache.count = statistics.count
+    else:
+        cache.fixed = True
+    return True
 
 
 cdef double checked_eps(object eps) except -1:
@@ -176,7 +202,7 @@ cdef bint set_activation(Cache cache, object activation) except -1:
 cdef cnp.ndarray check_like(object value, str name, cnp.ndarray x):
     """Return value as an array, of x's shape and dtype."""
     cdef cnp.ndarray given = as_floats(value, name)
-    if not isinstance(value, np.ndarray):
+    if not cnp.PyArray_Check(value):
         given = given.astype(x.dtype)
     if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x):
         raise TypeError(f"{name}: expected dtype {x.dtype}, as x has, got {given.dtype}")
@@ -196,7 +222,7 @@ cdef cnp.ndarray like_x(object value, str name, cnp.ndarray x):
 
 
 cdef bint check_out(object out, cnp.ndarray x) except -1:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not cnp.PyArray_Check(out) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out: expected an ndarray or None, got {type(out).__name__}")
     if np.shape(out) != np.shape(x) or cnp.PyArray_TYPE(out) != cnp.PyArray_TYPE(x):
         raise ValueError(
