@@ -1,12 +1,15 @@
 import platform
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support import python
 
 import fastbn
+from fastbn import functional
 from fastbn.kernels.variants import NEEDED, available_isas
 from fastbn.runtime.cpu import cpu_features
 
@@ -66,3 +69,19 @@ def test_importing_fastbn_needs_numpy_alone():
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ""
+
+
+def test_kernels_of_another_version_are_refused():
+    other = SimpleNamespace(__name__="fastbn.kernels.other", job_size=8, kernel=None)
+    with pytest.raises(ImportError, match=r"fastbn.kernels.other: expected a module compiled with"):
+        functional.use_kernels(other)
+    fastbn.batch_norm(np.ones((2, 2)))  # by the kernels that there were
+
+
+def test_sources_that_were_not_compiled_say_so(tmp_path):
+    package = Path(fastbn.__file__).parent
+    compiled = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(package, tmp_path / "fastbn", ignore=compiled)
+    result = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastbn")
+    assert f"fastbn: expected compiled modules in {tmp_path / 'fastbn'}" in result.stderr
+    assert "pip install -e ." in result.stderr
