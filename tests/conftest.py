@@ -1,3 +1,4 @@
+import contextlib
 import signal
 
 import numpy as np
@@ -11,6 +12,13 @@ from fastbn.kernels import variants
 # A job in the background of a shell may ignore it, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def away_from_the_checkout(tmp_path_factory):
+    """Let processes that tests start import the installed package, not the sources in the way."""
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        yield
 
 
 @pytest.fixture
