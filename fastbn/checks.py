@@ -35,7 +35,7 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
 def number(name: str, value: Any) -> float:
     """Return a float, made of any number."""
     try:
-        if isinstance(value, str | bytes | bytearray):  # float would read it
+        if isinstance(value, str | bytes | bytearray | memoryview):  # float would read it
             raise TypeError
         return float(value)
     except TypeError:

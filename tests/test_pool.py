@@ -448,3 +448,24 @@ def test_a_system_that_has_no_more_threads_is_no_error():
     """)
     if output:
         pytest.skip("this system does not hold a process to its limit of threads")
+
+
+def test_threads_may_go_back_through_one_cache_while_one_overwrites_x(rng):
+    x = rng.standard_normal((64, 32, 16, 16), dtype=np.float32)
+    dy, refused = 0.5 * x, []
+
+    def go_back(cache, out):
+        try:
+            fastbn.batch_norm_backward(dy, cache, out=out)
+        except ValueError as error:  # the other one was first
+            refused.append(str(error))
+
+    for _ in range(50):
+        overwritten = x.copy()
+        _, cache = fastbn.batch_norm(overwritten)
+        threads = [threading.Thread(target=go_back, args=(cache, overwritten)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all("out= has overwritten it" in each for each in refused)

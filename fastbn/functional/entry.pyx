@@ -55,13 +55,13 @@ use_kernels(variants.kernels)
 # ------------------------------------------------------------------------------------ to a kernel
 
 
-cdef void describe(Cache cache, Job* job) noexcept:
+cdef void describe(Cache cache, cnp.ndarray x, Job* job) noexcept:
     """Fill in what a job has of its cache; the rest is empty."""
     memset(job, 0, sizeof(Job))
-    job.type, job.itemsize = cache.type, cnp.PyArray_ITEMSIZE(cache.x)
+    job.type, job.itemsize = cache.type, cnp.PyArray_ITEMSIZE(x)
     job.examples, job.outer = cache.examples, cache.outer
     job.channels, job.inner, job.count = cache.channels, cache.inner, cache.count
-    job.x = cnp.PyArray_DATA(cache.x)
+    job.x = cnp.PyArray_DATA(x)
     job.activated, job.slope = cache.activated, cache.slope
     if cache.signs is not None:
         job.signs = <uint16_t*>cnp.PyArray_DATA(cache.signs)
@@ -116,6 +116,10 @@ def forward(
     cdef cnp.ndarray given = as_floats(x, "x"), addend = None, result
     cdef Cache cache = Cache.__new__(Cache)
     cdef Job job
+    if mask is not None and group_size is not None:
+        raise ValueError(
+            f"virtual_batch_size: expected None where there is a mask, got {group_size}"
+        )
     cache.eps = checked_eps(eps)
     if mask is None:
         place_x(cache, given, axis)
@@ -127,10 +131,6 @@ def forward(
             residual = valid.take(check_like(residual, "residual", given))
         place_x(cache, valid.take(given), valid.axis)
     if group_size is not None:
-        if mask is not None:
-            raise ValueError(
-                f"virtual_batch_size: expected None where there is a mask, got {group_size}"
-            )
         form_groups(cache, axis, group_size)
     if statistics is None and cache.count == 0:
         raise ValueError(
@@ -147,15 +147,15 @@ def forward(
         addend = like_x(residual, "residual", cache.x)
     if out is not None:
         check_out(out, given)
-    result = target(cache, out, addend)
+    result = target(cache, cache.x, out, addend)
     if cache.activated and keep:
         reserve_signs(cache, result)
-    describe(cache, &job)
+    describe(cache, cache.x, &job)
     job.out, job.beta = cnp.PyArray_DATA(result), row_of(cache, BETA)
     if addend is not None:
         job.residual = cnp.PyArray_DATA(addend)
     call_kernel(&job, FORWARD if statistics is None else INFERENCE)
-    return deliver(cache, result, out), cache
+    return deliver(cache, cache.x, result, out), cache
 
 
 def moments_of(x, axis):
@@ -166,7 +166,7 @@ def moments_of(x, axis):
     reserve_statistics(cache)
     if cache.count == 0:
         cache.statistics[...] = 0
-    describe(cache, &job)
+    describe(cache, cache.x, &job)
     call_kernel(&job, FORWARD)
     return cache.moments
 
@@ -174,44 +174,50 @@ def moments_of(x, axis):
 # --------------------------------------------------------------------------------------- backward
 
 
-cdef cnp.ndarray place_dy(Cache cache, object dy):
+# Another call with out=x may take x out of the cache meanwhile, so each of these holds x itself.
+
+
+cdef cnp.ndarray place_dy(Cache cache, cnp.ndarray x, object dy):
     """Return dy where it counts, in memory as x is."""
     cdef cnp.ndarray placed
     if cache.valid is not None:
         dy = cache.valid.take(check_like(dy, "dy", cache.valid.like))
-    placed = like_x(dy, "dy", cache.x)
+    placed = like_x(dy, "dy", x)
     checked_cache(cache)  # once more: to make an array of dy may have run anything
     return placed
 
 
-cdef void describe_backward(Cache cache, cnp.ndarray dy, double* sums, Job* job) noexcept:
+cdef void describe_backward(
+    Cache cache, cnp.ndarray x, cnp.ndarray dy, double* sums, Job* job
+) noexcept:
     """Fill in what is known before dx has a place; dgamma and dbeta of each group are in sums."""
-    describe(cache, job)
+    describe(cache, x, job)
     job.dy = cnp.PyArray_DATA(dy)
     job.dgamma, job.dbeta = sums, sums + cache.groups * cache.channels
 
 
-cdef tuple go_back(Cache cache, object dy, object out, double* sums, Operation operation):
-    """Return (dx, dresidual or None)."""
-    cdef cnp.ndarray placed = place_dy(cache, dy), result, dresidual = None
+cdef tuple go_back(
+    Cache cache, cnp.ndarray x, object dy, object out, double* sums, Operation operation
+):
+    """Return (dx, dresidual or None), not delivered yet."""
+    cdef cnp.ndarray placed = place_dy(cache, x, dy), result, dresidual = None
     cdef Job job
     if out is not None:
-        check_out(out, cache.x if cache.valid is None else cache.valid.like)
-    result = target(cache, out, placed)
-    describe_backward(cache, placed, sums, &job)
+        check_out(out, x if cache.valid is None else cache.valid.like)
+    result = target(cache, x, out, placed)
+    describe_backward(cache, x, placed, sums, &job)
     job.out = cnp.PyArray_DATA(result)
     if cache.residual:
-        dresidual = fresh_like(cache.x, result)
+        dresidual = fresh_like(x, result)
         job.dresidual = cnp.PyArray_DATA(dresidual)
     call_kernel(&job, operation)
-    if dresidual is not None:
-        dresidual = deliver(cache, dresidual, None)
-    return deliver(cache, result, out), dresidual
+    return result, dresidual
 
 
 def backward(dy, cache, out):
     """Return (dx, dgamma, dbeta), and dresidual behind them where there was a residual."""
     cdef Cache c = checked_cache(cache)
+    cdef cnp.ndarray x = c.x
     cdef vector[double] sums
     if c.count != c.outer * c.inner:
         raise ValueError(
@@ -219,18 +225,21 @@ def backward(dy, cache, out):
             f"got those of {c.count:.0f}; use batch_norm_backward_reduce and _apply"
         )
     sums.resize(2 * c.groups * c.channels)
-    dx, dresidual = go_back(c, dy, out, sums.data(), BACKWARD_FIXED if c.fixed else BACKWARD)
+    dx, dresidual = go_back(c, x, dy, out, sums.data(), BACKWARD_FIXED if c.fixed else BACKWARD)
     dgamma = gradient(sums.data(), c.gamma_like, c)
     dbeta = gradient(sums.data() + c.groups * c.channels, c.beta_like, c)
-    return (dx, dgamma, dbeta) if dresidual is None else (dx, dgamma, dbeta, dresidual)
+    if dresidual is None:
+        return deliver(c, x, dx, out), dgamma, dbeta
+    dresidual = deliver(c, x, dresidual, None)
+    return deliver(c, x, dx, out), dgamma, dbeta, dresidual
 
 
 def backward_reduce(dy, cache):
     """Return the sums dgamma and dbeta of a part, float64."""
     cdef Cache c = checked_cache(cache, True)
-    cdef cnp.ndarray placed = place_dy(c, dy), sums = np.zeros((2, c.channels))
+    cdef cnp.ndarray x = c.x, placed = place_dy(c, x, dy), sums = np.zeros((2, c.channels))
     cdef Job job
-    describe_backward(c, placed, <double*>cnp.PyArray_DATA(sums), &job)
+    describe_backward(c, x, placed, <double*>cnp.PyArray_DATA(sums), &job)
     call_kernel(&job, BACKWARD)
     return sums[0], sums[1]
 
@@ -238,10 +247,13 @@ def backward_reduce(dy, cache):
 def backward_apply(dy, cache, dgamma, dbeta, out):
     """Return dx of a part by the sums of all parts, or (dx, dresidual)."""
     cdef Cache c = checked_cache(cache, True)
+    cdef cnp.ndarray x = c.x
     cdef vector[double] sums
     sums.resize(2 * c.channels)
     copy_values(c, dgamma, "dgamma", sums.data())
     copy_values(c, dbeta, "dbeta", sums.data() + c.channels)
     checked_cache(c)  # once more: to make arrays of them may have run anything
-    dx, dresidual = go_back(c, dy, out, sums.data(), APPLY)
-    return dx if dresidual is None else (dx, dresidual)
+    dx, dresidual = go_back(c, x, dy, out, sums.data(), APPLY)
+    if dresidual is not None:
+        return deliver(c, x, dx, out), deliver(c, x, dresidual, None)
+    return deliver(c, x, dx, out)

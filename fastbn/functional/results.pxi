@@ -58,27 +58,27 @@ cdef bint is_safe_target(cnp.ndarray out, cnp.ndarray source):
     )
 
 
-cdef cnp.ndarray target(Cache cache, object out, cnp.ndarray other):
+cdef cnp.ndarray target(Cache cache, cnp.ndarray x, object out, cnp.ndarray other):
     """Return out where the kernel can write it directly, else a fresh array laid out as x is."""
     if (
         out is not None
         and cache.valid is None
         and is_ready(out)
-        and same_memory_order(out, cache.x)
-        and is_safe_target(out, cache.x)
+        and same_memory_order(out, x)
+        and is_safe_target(out, x)
         and (other is None or is_safe_target(out, other))
     ):
         return out
-    return fresh_like(cache.x)
+    return fresh_like(x)
 
 
-cdef object deliver(Cache cache, cnp.ndarray result, object out):
+cdef object deliver(Cache cache, cnp.ndarray x, cnp.ndarray result, object out):
     """Return the result, in out where there is one; forget an x that it has overwritten."""
     if cache.valid is not None:
         return cache.valid.put(result, out)
     if out is None:
         return result
-    if may_share(out, cache.x):
+    if may_share(out, x):
         cache.x = None
     if result is not out:
         np.copyto(out, result)

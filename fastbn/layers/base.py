@@ -84,11 +84,9 @@ class Norm(ABC):
     def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
         """Normalise x."""
 
-    def __call__(self, x: ArrayLike, *args: Any, **kwargs: Any) -> Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
         """Do as `forward`."""
-        if args or kwargs:
-            return self.forward(x, *args, **kwargs)
-        return self.forward(x)  # the usual call: passing on nothing costs a tenth of a microsecond
+        return self.forward(*args, **kwargs)
 
     def _with_channels(self, x: ArrayLike) -> Array:
         """Return x as an array that has this layer's channels."""

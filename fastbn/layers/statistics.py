@@ -73,8 +73,8 @@ def update_statistics(
         got = f"{[len(moments) for moments in seen]} for the {len(norms)} of them"
         raise ValueError(f"batches: expected {words}, got {got}")
     targets = [norm._writeable("running_mean", "running_var") for norm in norms]
-    for norm, arrays, moments in zip(norms, targets, seen, strict=True):
-        mean, var, count = functional.merge_moments(*moments)
+    merged = [functional.merge_moments(*moments) for moments in seen]
+    for norm, arrays, moments, (mean, var, count) in zip(norms, targets, seen, merged, strict=True):
         arrays["running_mean"][...] = mean
         arrays["running_var"][...] = var * (count / (count - 1))
         norm.num_batches_tracked = len(moments)
