@@ -7,7 +7,7 @@ The second tells whether README.md says what the CSV holds. The pages of docs/ t
 and pictures from the CSV when they are built (`write_pages`).
 
 A run on a busy machine is refused, and so is one with uneven rounds. These cases alone can be
-measured again (`pytest bench -k CASE`): give both files, the later one last.
+measured again (`pytest bench -k CASE`): give all files. Of each case the most even run counts.
 """
 
 import argparse
@@ -85,7 +85,10 @@ def add_run(report, path):
         else:
             row = rows.setdefault(case, Row(case, {}))
             row.times[info["contender"]] = Timing(stats["median"], stats["min"], stats["max"])
-    report.rows = list({**{row.case: row for row in report.rows}, **rows}.values())
+    for row in report.rows:
+        if row.case not in rows or row.spread <= rows[row.case].spread:
+            rows[row.case] = row
+    report.rows = list(rows.values())
     machine = run["machine_info"]
     load, cores = machine["load_before"], machine["cores"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

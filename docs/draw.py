@@ -22,11 +22,11 @@ WAY = [
     ("functional", "function", "batch_norm in Python: the arguments as they came"),
     ("checks", "checks", "what an argument must be, or an error that names it"),
     ("functional", "plan", "shape and axis become (outer, channels, inner)"),
-    ("functional", "entry", "finds memory for y, and describes the work in a Job"),
-    ("kernels", "kernel", "one call for one type; releases the GIL"),
+    ("functional", "entry", "finds memory for y, fills in a Job; large calls release the GIL"),
+    ("kernels", "kernel", "compute: picks the loops of the type, once"),
     ("kernels", "groups", "examples that share statistics"),
     ("kernels", "walk", "runs (NCHW) or rows (NHWC, NC)"),
-    ("kernels", "tile or panel", "channels that fit into the cache together"),
+    ("kernels", "tile or panel", "channels that a walk takes at a time"),
     ("kernels", "loop", "sum a run, write a segment, write a row"),
 ]
 COLORS = {

@@ -1,8 +1,10 @@
-"""What an argument must be, said once for the whole package.
+"""What an argument must be, where several rooms check the same.
 
 Each function returns the value as its caller needs it, or raises TypeError (a wrong kind of thing)
 or ValueError (a wrong value) with the name of the argument, what was expected and what came. The
-compiled functions take what is plainly right by themselves and ask here about everything else.
+compiled functions take what is plainly right by themselves, and ask here about the rest. What only
+they check (arrays like x, out=) stands in `functional/arguments.pxi`. Which hyper-parameter of an
+optimizer has which rule stands in `optim/base.py`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping

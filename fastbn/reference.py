@@ -225,7 +225,7 @@ def batch_norm_backward_apply(
 
 
 def _through_activation(dy: ArrayLike, cache: Cache) -> Array:
-    """Return da = dy * act'(a), which has the place of dy without an activation."""
+    """Return da = dy * act'(a). Without an activation da is dy."""
     counts = cache.slope * cache.valid
     return np.where(counts, np.asarray(dy).astype(np.float64), 0) * cache.slope
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        # What was not given is not in the result.
+        # An option that was not given does not appear in the result.
         commands.add_parser(name, help=summary, argument_default=argparse.SUPPRESS)
     command = commands.choices.get(words[0]) if words else None
     if command is None:
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(run(**given))
     except ValueError as error:
-        from fastbn.demo import DemoError  # late, as `info` and `bench` do without the demo
+        # Imported here, because `info` and `bench` work without the demo.
+        from fastbn.demo import DemoError
 
         if not isinstance(error, DemoError):
             raise

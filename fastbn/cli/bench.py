@@ -25,11 +25,16 @@ ROUNDS = 5
 FEWER = 3  # of the command, which promises to end within a minute
 BLOCK = 0.005  # seconds; a round of a contender is as many calls as fill it
 REST = 0.015  # seconds before a round, for the last one's threads to fall asleep
-LONG = 0.03  # a call so long takes part in two rounds only: it says enough, and time is short
+# Seconds. A call longer than this is measured in two rounds only, to save time.
+LONG = 0.03
 TRIES = 3
-ENOUGH = 30  # seconds, after which the command takes two rounds, and none again
-SPREAD = 3.0  # between a contender's slowest and fastest round: more says that something interfered
-BUSY = 0.25  # of the CPUs: more load than this before the run, and its numbers mean little
+# After this many seconds the command measures two rounds and repeats none.
+ENOUGH = 30
+# A contender's slowest round divided by its fastest. A larger ratio means that something
+# interfered.
+SPREAD = 3.0
+# The load before the run, as a part of the CPUs. A higher load makes the numbers unreliable.
+BUSY = 0.25
 
 NAMES = {
     "forward_relu": "forward, ReLU",
@@ -70,6 +75,11 @@ class Row:
 
     case: Case
     times: dict[str, Timing]
+
+    @property
+    def spread(self) -> float:
+        """How uneven the rounds of the most uneven contender are."""
+        return max(timing.spread for timing in self.times.values())
 
 
 # Measuring.
@@ -258,7 +268,7 @@ def verdict(load: float, rows: Sequence[Row], cores: int = CORES) -> str:
     if reasons:
         more = f" (and {len(reasons) - 1} more such)" if len(reasons) > 1 else ""
         return f"Do not believe this table: {reasons[0]}{more}."
-    most = max((timing.spread for row in rows for timing in row.times.values()), default=1.0)
+    most = max((row.spread for row in rows), default=1.0)
     before = "load not known" if math.isnan(load) else f"load {load:.1f} before"
     return f"The machine was quiet: {before}, rounds of a case differ by {most:.1f} times at most."
 

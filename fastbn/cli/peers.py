@@ -34,7 +34,8 @@ class Contender:
     operations: ClassVar[tuple[str, ...]] = PLAIN
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
     layouts: ClassVar[tuple[str, ...]] = tuple(AXIS)
-    sets_threads: ClassVar[bool] = True  # else it has as many as the process has CPUs
+    # If False, it uses as many threads as the process has CPUs.
+    sets_threads: ClassVar[bool] = True
 
     def __init__(self, case: Case, arrays: Arrays) -> None:
         self.case, self.arrays = case, arrays
@@ -49,7 +50,7 @@ class Contender:
         return ways
 
     def array(self, result: Any) -> Array | None:
-        """Return y or dx, in the shape of x, of what one of the ways has returned."""
+        """Return y or dx, in the shape of x, from the result of a way."""
         y: Array = result[0] if isinstance(result, tuple) else result
         return y
 

@@ -1,7 +1,8 @@
 # What the functions are given: checked here, whole, before anything is written.
 #
-# An ndarray that is as one expects, contiguous, aligned and of a common type, goes through C alone,
-# for a call with small arrays costs what is done here. `fastbn.checks` sees to everything else.
+# A plain ndarray (contiguous, aligned, of a common type) is handled in C alone, because these
+# checks dominate a call on a small array. What only compiled functions need (arrays like x, out=)
+# stands here. `fastbn.checks` has what other rooms check as well.
 
 cdef enum:
     OTHER = -1  # a type that kernels do not take
@@ -128,7 +129,7 @@ cdef cnp.ndarray float64s(Py_ssize_t count, double* values):
 
 
 cdef cnp.ndarray copy_values(Cache cache, object value, str name, double* into):
-    """Copy a value per channel; return what its gradient looks like (see Cache)."""
+    """Copy a value per channel; return an array with the shape and dtype of its gradient."""
     cdef cnp.ndarray array
     cdef Py_ssize_t c, channels = cache.channels
     if cnp.PyArray_CheckExact(value):

@@ -186,23 +186,23 @@ def batch_norm_backward(
     cache : Cache
         What `batch_norm` returned. It can be used any number of times.
     out : ndarray, optional
-        Where dx goes: of x's shape and dtype. It may be dy. It may overlap x: the cache is then
-        used up.
+        Where dx goes: of x's shape and dtype. It may be dy. If it overlaps x, the cache cannot be
+        used again.
 
     Returns
     -------
     dx : ndarray
         Of x's shape and dtype, laid out in memory as x is.
     dgamma, dbeta : ndarray
-        In the shape and dtype that gamma and beta were given in; of None, shape (C,). Of None or
-        what is no array of floats: x's dtype, but float32 where that has 16 bits.
+        The shape and dtype of gamma and beta. If one was None, shape (C,). If one was no float
+        array, x's dtype, or float32 for 16-bit x.
     dresidual : ndarray
         Where a residual was given: the gradient with respect to it, ``dy * act'``.
 
     Raises
     ------
     TypeError, ValueError
-        If `cache` is none, or the dtype or shape of dy or out does not fit; if ``out=`` has
+        If `cache` is not a Cache, or the dtype or shape of dy or out does not fit; if ``out=`` has
         overwritten x; if the statistics are of more than x (see `batch_norm_backward_reduce`).
 
     Notes

@@ -1,4 +1,5 @@
-# What the backward pass needs of the forward pass, and what layers keep of it.
+# This file holds the cache of a forward pass, the merging of moments, and the update of running
+# statistics.
 
 
 cdef enum:  # the rows of a cache's statistics; those before GAMMA have one for each group
@@ -26,25 +27,27 @@ cdef class Cache:
         The statistics of the whole minibatch, all groups together.
     """
 
-    cdef cnp.ndarray statistics  # float64: means, their low parts, vars, gamma
+    cdef cnp.ndarray statistics  # float64, in rows: means, their low parts, vars, gamma, beta
     cdef cnp.ndarray x           # in memory as the kernels want it; None once out= overwrote it
     cdef Type type
-    cdef Py_ssize_t examples
-    cdef Py_ssize_t outer        # of these in a group
+    cdef Py_ssize_t examples     # outer size of all groups together
+    cdef Py_ssize_t outer        # outer size of one group; the last may be smaller
     cdef Py_ssize_t channels
     cdef Py_ssize_t inner
-    cdef double count            # values of a channel that the statistics are of
+    cdef double count            # how many values of a channel the statistics cover
     cdef double eps
     cdef Py_ssize_t groups
     cdef bint grouped
     cdef bint fixed              # the statistics were given, so they are constants
-    cdef bint residual           # there was one
+    cdef bint residual           # whether forward had a residual
     cdef bint activated
-    cdef double slope            # of the activation below 0
-    cdef cnp.ndarray signs       # a bit for each value: whether it was above 0 there (see Job)
-    cdef Py_ssize_t first_bit
-    cdef object valid            # the positions of x that a mask has left (see mask.py), or None
-    cdef cnp.ndarray gamma_like  # has the shape and dtype of the gradient; None: (C,), as x
+    cdef double slope            # slope of the activation below 0
+    cdef cnp.ndarray signs       # a bit for each value: whether its activation's input was above 0
+    cdef Py_ssize_t first_bit    # which bit of signs is that of the first value
+    cdef object valid            # the positions of x that a mask leaves (see mask.py), or None
+    # Arrays of the gradients' shape and dtype. None stands for (C,) and x's dtype, or float32 for
+    # 16-bit x.
+    cdef cnp.ndarray gamma_like
     cdef cnp.ndarray beta_like
 
     @property
@@ -77,7 +80,7 @@ cdef inline double* row_of(Cache cache, int which) noexcept:
 
 
 cdef Cache checked_cache(object cache, bint one_group=False):
-    """Return a cache that can be gone back through."""
+    """Return the cache if backward can use it; raise otherwise."""
     if type(cache) is not Cache:
         raise TypeError(
             f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
@@ -94,7 +97,7 @@ cdef Cache checked_cache(object cache, bint one_group=False):
 
 cdef struct Sum:
     double high
-    double low  # what rounding has taken from high so far
+    double low  # the sum of the rounding errors of high
 
 
 cdef inline Sum plus(Sum a, double b) noexcept nogil:

@@ -33,7 +33,8 @@ include "arguments.pxi"
 include "results.pxi"
 
 cdef enum:
-    SMALL = 1 << 15      # values: a call below is over before another thread would get the GIL
+    # Below this many values a call ends before another thread could take the GIL.
+    SMALL = 1 << 15
     LANES = 16           # values in a pack, and signs in a word
 
 cdef KernelFunction compute
@@ -56,7 +57,7 @@ use_kernels(variants.kernels)
 
 
 cdef void describe(Cache cache, cnp.ndarray x, Job* job) noexcept:
-    """Fill in what a job has of its cache; the rest is empty."""
+    """Copy what the cache knows into the job; set the rest to zero."""
     memset(job, 0, sizeof(Job))
     job.type, job.itemsize = cache.type, cnp.PyArray_ITEMSIZE(x)
     job.examples, job.outer = cache.examples, cache.outer
@@ -183,7 +184,8 @@ cdef cnp.ndarray place_dy(Cache cache, cnp.ndarray x, object dy):
     if cache.valid is not None:
         dy = cache.valid.take(check_like(dy, "dy", cache.valid.like))
     placed = like_x(dy, "dy", x)
-    checked_cache(cache)  # once more: to make an array of dy may have run anything
+    # Check again: converting the argument may have run user code that changed the cache.
+    checked_cache(cache)
     return placed
 
 
@@ -252,7 +254,8 @@ def backward_apply(dy, cache, dgamma, dbeta, out):
     sums.resize(2 * c.channels)
     copy_values(c, dgamma, "dgamma", sums.data())
     copy_values(c, dbeta, "dbeta", sums.data() + c.channels)
-    checked_cache(c)  # once more: to make arrays of them may have run anything
+    # Check again: converting the arguments may have run user code that changed the cache.
+    checked_cache(c)
     dx, dresidual = go_back(c, x, dy, out, sums.data(), APPLY)
     if dresidual is not None:
         return deliver(c, x, dx, out), deliver(c, x, dresidual, None)

@@ -1,4 +1,4 @@
-"""Minibatches of which some positions do not count: the others are put together, and back."""
+"""Masks: gather the positions that count, and scatter results back."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class Valid:
         # What dy and out must be like: x without its values.
         self.like = np.broadcast_to(np.empty((), x.dtype.newbyteorder("=")), x.shape)
         self.by_memory = np.argsort([-abs(stride) for stride in x.strides], kind="stable")
-        # Values of a position lie together, or those of a channel: so they are put together.
+        # The gathered array has channels last if they are last in x's memory, else first.
         self.axis = 1 if self.by_memory[-1] == self.channel_axis else 0
         self.at = self.mask if self.axis else (slice(None), self.mask)
 

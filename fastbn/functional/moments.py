@@ -18,13 +18,12 @@ class Moments(_Moments):
     Attributes
     ----------
     mean, var : ndarray of float64, shape (C,)
-        var is biased (divided by count). Of no values both are 0.
+        var is biased (divided by count). Without values both are 0.
     count : int
         How many values each channel has.
     mean_low : ndarray of float64, shape (C,), or 0.0
         What mean loses in rounding, so that parts can be merged exactly where the mean is large.
-        It is no item of the tuple, but goes along with copies and through pickle (not through
-        ``_replace``).
+        It is not an item of the tuple. Copies and pickle keep it; ``_replace`` loses it.
 
     Examples
     --------
@@ -38,7 +37,7 @@ class Moments(_Moments):
 
 
 def check_moments(moments: Any, name: str, channels: int) -> None:
-    """Refuse what is no Moments of so many channels."""
+    """Raise unless `moments` is a Moments with this many channels."""
     if not isinstance(moments, Moments):
         raise TypeError(f"{name}: expected Moments, got {type(moments).__name__}")
     for field in ("mean", "var", "count"):

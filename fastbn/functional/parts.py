@@ -47,8 +47,9 @@ def merge_moments(*moments: Moments) -> Moments:
 
         mean = sum n_i mean_i / N          var = sum n_i (var_i + (mean_i - mean)^2) / N
 
-    computed as distances from one of the means, with compensated sums: within a rounding or two of
-    `batch_moments` of the whole, also where the mean is a million times the standard deviation.
+    computed as distances from one of the means, with compensated sums. The result differs from
+    `batch_moments` of the whole by two roundings at most, also where the mean is a million times
+    the standard deviation.
 
     Parameters
     ----------

@@ -1,7 +1,9 @@
 # Where results go: memory of their own, or what out= names.
 
 cdef enum:
-    RECYCLED = 2 << 20   # bytes: malloc may give larger blocks back, and new pages fault
+    # Bytes. Larger results reuse memory: malloc may return such blocks to the system, and each new
+    # page costs a fault.
+    RECYCLED = 2 << 20
 
 
 cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):

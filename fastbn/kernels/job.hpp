@@ -26,11 +26,12 @@ struct Job {
     Type type;                // of x, dy, residual and the results
     std::ptrdiff_t itemsize;  // of that type, in bytes
 
-    std::ptrdiff_t examples;  // of all groups together, in units of outer
-    std::ptrdiff_t outer;     // of a group, which has statistics of its own; the last may be shorter
+    std::ptrdiff_t examples;  // outer size of all groups together
+    // Outer size of one group, which has statistics of its own. The last may be smaller.
+    std::ptrdiff_t outer;
     std::ptrdiff_t channels;
     std::ptrdiff_t inner;
-    double count;             // values of a channel that the statistics are of
+    double count;             // how many values of a channel the statistics cover
 
     const void* x;            // IN
     const void* dy;           // IN, backward; NULL in a forward pass
@@ -43,14 +44,16 @@ struct Job {
     std::uint16_t* signs;     // OUT (may be NULL), IN backward: whether a > 0, a bit for each value
     std::ptrdiff_t first_bit; // of the first value; a full pack of out has its bits in one word
 
-    const double* gamma;      // IN, by parameter
-    const double* beta;       // IN, by parameter; not in backward
+    const double* gamma;      // IN, one value per parameter
+    const double* beta;       // IN, one value per parameter; not in backward
     double eps;
 
-    double* mean;             // OUT of FORWARD, IN otherwise, by statistic, as all that follow
+    // mean to dbeta have one value per statistic. The first three are OUT of FORWARD, IN otherwise.
+    double* mean;
     double* mean_low;         // what rounding took from mean
     double* var;
-    double* dgamma;           // OUT, backward; IN of APPLY: the sums over all that count counts
+    // OUT of backward; IN of APPLY, as the sum over all parts of the minibatch.
+    double* dgamma;
     double* dbeta;
 
     std::ptrdiff_t first_statistic;  // of this group; functional leaves it 0

@@ -4,16 +4,17 @@ The shape. Every array is (outer, channels, inner), C-contiguous: NCHW is (N, C,
 (N*H*W, C, 1), the course's (n_h, m) is (1, n_h, m). There are two ways to walk it:
 
 - runs (inner >= 16): the values of one channel lie in runs of `inner`, and lanes go along the run.
-  The channels are taken a tile at a time, and a tile that fits in the cache is fetched once.
+  The walk takes one tile of channels at a time. A tile that fits in the cache is read from memory
+  once.
 - rows (inner < 16): lanes go across the channels. A row is `fold` times channels * inner values,
   so that a few channels fill the lanes as well. Very wide rows are taken a panel at a time.
 
 The statistics. Values are cut into blocks. In a block each lane sums x and x*x in float64. Where
 the mean is so large that sum(x*x) - sum(x)^2 / n cancels, the block is summed again, of d = x - k
-with k its mean, rounded to the type of x, so that d*d is exact as well. (float64 values are summed
-so from the start, with k the block's first value.) Chan's formula [1]_ merges blocks in order, as
-distances from the channel's first value, its origin, which keeps what the mean itself would round
-away. The mean comes out as two doubles, mean + mean_low.
+with k its mean, rounded to the precision of x (float for 16-bit types), so that d*d is exact as
+well. (float64 values are summed so from the start, with k the block's first value.) Chan's formula
+[1]_ merges blocks in order, as distances from the channel's first value, its origin, which keeps
+what the mean itself would round away. The mean comes out as two doubles, mean + mean_low.
 
 The elements. y = (x - center) * scale + shift, dx = ((g - level) - ((x - center) * slope +
 residue)) * scale, in the precision of x (float for 16-bit types). center is the mean rounded to
@@ -61,28 +62,31 @@ from fastbn.runtime.cpu cimport cache_size
 from fastbn.runtime.pool cimport share_out, threads_for
 
 cdef enum:
-    # These change bits, as does CANCELLED.
+    # Changing one of these, or CANCELLED, changes bits.
     BLOCK = 4096             # values of one channel in a block of runs
     BLOCK_OF_ROWS = 65536    # values in a block of rows, about,
     LEAST_ROWS = 128         # but at least so many rows
     MOST_ROWS = 512          # and at most so many
-    SIDE = 8                 # rows that are summed side by side, half as many of two arrays
-    SHORT = 256              # values in a run that is summed by itself; half, of two arrays
+    SIDE = 8                 # rows that are summed side by side; in backward, half as many
+    # Runs at least this long are summed one by one; in backward, half as long.
+    SHORT = 256
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
-    # These do not.
-    AHEAD = 8192             # values that are fetched ahead meanwhile
+    # Changing one of these changes no bits.
+    AHEAD = 8192             # how many values ahead of the sum memory is prefetched
     TILE = 4 << 20           # bytes in a tile of channels, about,
     SEGMENT = 128 << 10      # and contiguous bytes in it, at most
     COLUMNS = 2048           # contiguous values of short runs that are summed side by side
-    PANEL = 4096             # values of a row that are taken at once, at least
-    CHUNKS_PER_THREAD = 8    # pieces of work, where one can choose
+    # Values of a row in a panel, rounded up to whole channels. A short row or the last panel has
+    # fewer.
+    PANEL = 4096
+    CHUNKS_PER_THREAD = 8    # chunks of work for each thread, where the shape allows a choice
     COEFFICIENTS = 5         # of a channel: see Table
 
-# The part of itself down to which sum(x * x) may cancel: 4 of float64's 53 bits. That is where the
-# mean is 4 times the standard deviation.
+# A block is summed again if sum(x*x) - sum(x)^2/n is below this part of sum(x*x): the mean is then
+# above some 4 standard deviations. Down to there at most 4 of float64's 53 bits are lost.
 cdef double CANCELLED = 1.0 / 16
 
-# The part of the last-level cache that a result may fill before it is written past it.
+# A result larger than this part of the last-level cache is stored past the cache.
 cdef double PAST_CACHE = 0.3
 
 cdef struct Panel:         # the channels of a walk over rows, and their rows
@@ -102,7 +106,7 @@ cdef struct Walk:          # of one group of examples
     Job* job
     const Loops* loops
     int threads
-    double cancelled       # the part of itself down to which sum(x * x) may cancel
+    double cancelled       # CANCELLED, or 1 to sum every block again
     bint shifted           # whether x is shifted in sum(dy * x)
     Py_ssize_t blocks      # that a channel is cut into
     Py_ssize_t per_chunk   # tiles, blocks or positions (rows) in a chunk
@@ -112,8 +116,8 @@ cdef struct Walk:          # of one group of examples
     # Scratch memory; see lay_out.
     Py_ssize_t row         # channels in the table: all, or those of the first panel
     double* table          # coefficients of each channel; see table_of
-    double* shifts         # by which x is shifted in sum(dy * x), a channel
-    double* lane_shifts    # likewise, a lane of the panel
+    double* shifts         # by which x is shifted in sum(dy * x), one for each channel
+    double* lane_shifts    # the same, one for each lane of the panel
     double* origins        # the first value of each lane of the panel
     double* sums           # two of each channel (or lane) and block
     void* lanes            # coefficients of each lane of the panel, as elements
@@ -174,7 +178,7 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
         choose_panel(w, 0)
         columns, w.row = w.panel.padded, w.panel.end
         w.lane_shifts = w.origins = reserve(scratch, columns)  # only one of them is needed
-        # Where stores to out are aligned, so shall be loads of the coefficients of their lanes.
+        # Align the lanes' coefficients like out, so that loads are aligned where stores are.
         start = (<uintptr_t>job.out // job.itemsize) % LANES
         w.lanes = reserve(scratch, COEFFICIENTS * w.panel.wrapped + LANES)
         w.lanes = <char*>w.lanes + start * (8 if w.loops.wide else 4)
@@ -202,7 +206,7 @@ cdef Py_ssize_t compute_group(
     cdef Walk w
     cdef Scratch scratch
     w.job, w.loops, w.threads = job, loops, threads
-    # For the moments alone, without y, each digit counts.
+    # batch_moments (no y) sums every block again, to keep all digits.
     w.cancelled = CANCELLED if job.out != NULL else 1
     scratch.memory, scratch.reserved = memory, 0
     lay_out(&w, &scratch)

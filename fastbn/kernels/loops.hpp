@@ -20,6 +20,7 @@ constexpr std::ptrdiff_t MOST_RUNS = 64;  // that one call sums side by side
 // The coefficients of each channel, in float64; normalisation needs the first three.
 //     y = (x - center) * scale + shift
 //     dx = ((g - level) - ((x - center) * slope + shift)) * scale
+// In backward shift holds the residue: what center and level lose in rounding.
 struct Table {
     double *center, *scale, *shift, *slope, *level;
 };
@@ -34,11 +35,11 @@ struct Runs {
 struct Columns {
     std::ptrdiff_t start, width;
     std::ptrdiff_t rows, next_row;
-    // This many rows are added while a pack of sums is in registers. It is no constant: a compiler
-    // that unrolls by it makes loads of x and dy that lie alike in their pages get in each other's
-    // way, which took backward up to 1.6 times as long.
+    // Rows added while the sums stay in registers. A variable, because a compiler that unrolls by a
+    // constant made backward up to 1.6 times slower: loads of x and dy then got in each other's way
+    // if the two lie at the same place in their pages.
     std::ptrdiff_t side;
-    std::ptrdiff_t ahead;  // values that are fetched ahead meanwhile, or 0
+    std::ptrdiff_t ahead;  // how many values ahead of the sum memory is prefetched, or 0
 };
 
 namespace {
@@ -175,7 +176,7 @@ void sum_columns(const Job& job, const Columns& c, const double* k, double* a, d
 
 // -------------------------------------------------------------------------------------- elements
 
-// Those of the lanes of a pack, in the precision of the elements.
+// The coefficients of the lanes of one pack, in the precision of the elements.
 template <class T> struct Coefficients { Pack<T> center, scale, shift, slope, level; };
 
 template <class T, bool gradient>
@@ -191,7 +192,7 @@ INLINE Coefficients<T> coefficients_of(const Table& table, std::ptrdiff_t channe
     }
     return c;
 }
-// From an array of lanes whose rows are `row` values apart.
+// Read them from arrays of lanes that are `row` values apart.
 template <class T, bool gradient>
 INLINE Coefficients<T> coefficients_at(const Element<T>* lanes, std::ptrdiff_t row) {
     Coefficients<T> c;

@@ -109,7 +109,7 @@ INLINE Pack<double> square_root(Pack<double> a) { return root(a); }
 INLINE Pack<double> add_exact_product(Pack<double> sum, Pack<double> a, Pack<double> b) {
     return multiply_add(a, b, sum);
 }
-// Where a sign is set a, elsewhere slope * a; with slope 0 that is 0, whatever a is.
+// Keep a where its bit is set; elsewhere return slope * a, or 0 if slope is 0 (also for NaN).
 INLINE Pack<float> leaky_relu(unsigned signs, Pack<float> a, double slope) {
     return select(signs, a, slope == 0 ? fill(0.0f) : a * fill((float)slope));
 }

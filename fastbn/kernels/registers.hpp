@@ -1,7 +1,7 @@
 // Native registers, one block for each instruction set: F of floats, D of doubles.
 //
-// To add an instruction set, write one more block. What it leaves out goes by way of memory, or is
-// built of what is there: the templates at the end.
+// To add an instruction set, write one more block. Operations that a block leaves out use the
+// templates at the end.
 
 #pragma once
 
@@ -21,7 +21,7 @@
 #include <arm_neon.h>
 #endif
 
-// The kernels are loops over these; one that is called, not inlined, keeps its packs in memory.
+// Every function on packs must be inlined: a call would move packs to memory.
 #if defined(_MSC_VER)
 #define INLINE __forceinline
 #else
@@ -48,7 +48,8 @@ INLINE float float_of(std::uint32_t bits) {
 }
 INLINE float widened(Half h) {
     std::uint32_t sign = (h.bits & 0x8000u) << 16, rest = h.bits & 0x7fffu;
-    // As a float the same bits are 2^112 too small, whether normal or not; except Inf and NaN.
+    // Shifted into a float, the value is too small by a factor of 2^112, whether normal or not. Inf
+    // and NaN are special.
     std::uint32_t bits = rest < 0x7c00u ? bits_of(float_of(rest << 13) * 0x1p112f)
                                         : rest << 13 | 0x7f800000u;
     return float_of(bits | sign);
@@ -73,7 +74,7 @@ INLINE void narrow(Bfloat& b, float value) {
 // A pack: native registers, doubled until 16 lanes are together.
 template <class H> struct Twice { static constexpr int lanes = 2 * H::lanes; H lo, hi; };
 
-// What intrinsics of x86 have names for that differ in their beginning alone.
+// x86 intrinsics whose names differ only in the prefix.
 #define X86_REGISTERS(mm)                                                        \
     INLINE F operator+(F a, F b) { return {mm##_add_ps(a.v, b.v)}; }             \
     INLINE F operator-(F a, F b) { return {mm##_sub_ps(a.v, b.v)}; }             \
@@ -102,7 +103,7 @@ INLINE __mmask16 first16(int n) { return (__mmask16)((1u << n) - 1); }
 INLINE __mmask8 first8(int n) { return (__mmask8)((1u << n) - 1); }
 
 INLINE D multiply_add(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
-// Bits are of lanes, the lowest of the first. NaN counts as above 0.
+// Bit i belongs to lane i. NaN counts as above 0.
 INLINE unsigned above_zero(F a) {
     return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
 }

@@ -26,7 +26,7 @@ cdef inline Py_ssize_t rows_of_block_of_panel(const Panel* panel, Py_ssize_t ind
 cdef void moments_of_block(Walk* w, Columns columns, double* a, double* b) noexcept nogil:
     """Turn the sums of a block into its moments, after summing it again where they cancel."""
     cdef double per_row = 1.0 / columns.rows, limit = w.cancelled, m2
-    cdef double k[16]  # LANES, which Cython does not take here
+    cdef double k[16]  # 16 is LANES; Cython does not accept the name as an array size here.
     cdef const double* origins = w.origins
     cdef Py_ssize_t j, start = columns.start, width = columns.width
     cdef int lane
@@ -46,7 +46,8 @@ cdef void moments_of_block(Walk* w, Columns columns, double* a, double* b) noexc
             for lane in range(LANES):
                 m2 = b[j + lane] - a[j + lane] * a[j + lane] * per_row
                 if m2 < b[j + lane] * limit:
-                    # By the mean, rounded so that d * d is exact, where x is no float64.
+                    # Shift by the mean, rounded to the precision of x. Then d * d is exact,
+                    # except for float64.
                     k[lane] = rounded(k[lane] + a[j + lane] * per_row, w.loops.wide)
             w.loops.sum_columns(w.job[0], columns, k, a + j, b + j)
         for lane in range(LANES):
@@ -72,7 +73,7 @@ cdef void chunk_of_panel_blocks(void* walk, Py_ssize_t index) noexcept nogil:
 
 
 cdef void merge_block(Walk* w, Py_ssize_t index) noexcept nogil:
-    """Take a block into the sums or moments of those before it, all lanes side by side."""
+    """Merge a block into the sums or moments of the blocks before it, lane by lane."""
     cdef Py_ssize_t padded = w.panel.padded, j
     cdef double* a = w.sums
     cdef double* b = w.sums + padded
@@ -95,7 +96,7 @@ cdef void merge_block(Walk* w, Py_ssize_t index) noexcept nogil:
 cdef void merge_lanes(Walk* w, Py_ssize_t channel) noexcept nogil:
     """Put the lanes of a channel together: their sums, or their moments.
 
-    Some lanes have one value more, in the shorter row at the end.
+    The last row may be shorter. Its lanes have one value more.
     """
     cdef Job* job = w.job
     cdef Panel* panel = &w.panel

@@ -39,11 +39,11 @@ cdef inline double* sums_of(Walk* w, Py_ssize_t channel, Py_ssize_t index) noexc
 
 
 cdef Py_ssize_t choose_tile(Walk* w) noexcept nogil:
-    """Return how many channels are summed and written before the next.
+    """Return how many channels a tile has.
 
-    Each example adds a segment of memory to the tile. Long ones spare the hardware the search for
-    the next one; all of them side_by_side should stay in a cache, and there should be tiles enough
-    for all threads. Where a residual is read between them, the search is for two.
+    Each example adds one segment. Long segments help the hardware prefetcher. All segments of a
+    tile should fit in a cache, and each thread needs several tiles. With a residual two streams are
+    read, so segments are twice as long.
     """
     cdef Py_ssize_t twice = 1 if w.job.residual == NULL else 2
     cdef Py_ssize_t least = SEGMENT // 16, run = w.job.inner * w.job.itemsize
@@ -104,7 +104,7 @@ cdef void finish_block(Walk* w, Py_ssize_t c, Block block, Py_ssize_t index) noe
         )
         sum_long_runs(w, c, c + 1, block, index, True, k)
     if sums[1] - sums[0] * sums[0] / n < sums[1] * w.cancelled:
-        # So that d * d is exact, where x is no float64.
+        # Rounded to the precision of x. Then d * d is exact, except for float64.
         k = rounded(k + sums[0] / n, w.loops.wide)
         sum_long_runs(w, c, c + 1, block, index, True, k)
     sums[1] -= sums[0] * sums[0] / n
@@ -117,8 +117,8 @@ cdef void sum_tile(
     """Sum some blocks of a tile."""
     cdef Job* job = w.job
     cdef Py_ssize_t index, c, upto = begin
-    # How many channels to take at once. Runs of several blocks one after the other, for the sake
-    # of a straight line through memory.
+    # How many channels to take at once. Runs longer than a block are summed one channel at a time,
+    # so that memory is read in a straight line.
     cdef Py_ssize_t at_once = end - begin if job.inner <= BLOCK else 1
     cdef Py_ssize_t least = SHORT if job.dy == NULL else SHORT // 2
     cdef bint in_columns = job.inner < least and job.outer >= SIDE
@@ -171,7 +171,9 @@ cdef void write_tile(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     cdef Table table = table_of(w)
     for row in range(job.outer - 1, -1, -1):
         first = row * stride
-        if job.past_cache and row:  # of its first and last line, part lies outside
+        # The first and last cache lines of a segment are shared with its neighbours, so fetch them
+        # before writing.
+        if job.past_cache and row:
             prefetch_to_write(<char*>job.out + (first - stride + begin * job.inner) * size)
             prefetch_to_write(<char*>job.out + (first - stride + end * job.inner) * size)
         w.loops.write_runs(

@@ -14,7 +14,7 @@ cdef inline void merge(
 cdef void finish_moments(Job* job, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Make mean, what it loses in rounding, and var of some channels.
 
-    So far the three hold the distance from the origin, the origin, and the sum of squares.
+    On entry mean holds the distance from the origin, mean_low the origin, var the sum of squares.
     """
     cdef Wide count = fill(job.count), distance, origin, mean, part, m2
     cdef Py_ssize_t c, s

@@ -53,8 +53,8 @@ class InstanceNorm(Norm):
     def forward(self, x: ArrayLike, residual: ArrayLike | None = None) -> Array:
         """Normalise x, and in training update the running statistics, if there are any.
 
-        Parameters, result and errors are those of `BatchNorm.forward`, but for the mask; where
-        statistics are taken, it is an example that needs more than one position.
+        As in `BatchNorm.forward`, without mask. Each example needs more than one position when
+        statistics are taken.
         """
         x = self._with_channels(x)
         gamma, beta = self.params.get("gamma"), self.params.get("beta")

@@ -83,7 +83,7 @@ class RMSprop(Optimizer):
 
 @dataclass(eq=False)
 class Adam(Optimizer):
-    """Adam: momentum over the root of the running mean square, both corrected for their start.
+    """Adam: momentum divided by the root mean square of gradients, both with bias correction.
 
     With d the gradient plus weight_decay times the parameter, at the parameter's update t::
 

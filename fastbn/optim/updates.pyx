@@ -77,7 +77,8 @@ def adam(
 ):
     """m and v move towards d and d**2; p = keep * p - rate * m / (correction * sqrt(v) + eps).
 
-    rate is lr / (1 - beta1**step), correction 1 / sqrt(1 - beta2**step), keep 1 but for AdamW.
+    rate is lr / (1 - beta1**step), correction is 1 / sqrt(1 - beta2**step).
+    keep is 1, except in AdamW.
     """
     cdef real r = <real>rate, new1 = <real>(1 - beta1), old2 = <real>beta2
     cdef real new2 = <real>(1 - beta2), c = <real>correction, epsilon = <real>eps

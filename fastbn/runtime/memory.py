@@ -70,7 +70,7 @@ def empty_like(array: NDArray[Any], offset: int = 0) -> NDArray[Any]:
 def set_recycling(max_bytes: int) -> int:
     """Set how much memory of dead results is kept for new ones.
 
-    Results of more than 2 MB are placed into memory that earlier ones have left, which saves the
+    Results of more than 2 MiB are placed into memory that earlier ones have left, which saves the
     page faults of fresh memory. What is kept beyond the limit is given back at once.
 
     Parameters

@@ -1,10 +1,10 @@
 // The worker threads.
 //
-// One job at a time, cut into chunks, which one counter hands out. The caller takes chunks as a
-// worker does, so it never waits for a worker that has not begun. A worker that wakes late finds
-// nothing to do. Which thread computes a chunk changes no bit of a result.
+// One piece of work at a time, cut into chunks, which one counter hands out. The caller takes
+// chunks as a worker does, so it never waits for a worker that has not begun. A worker that wakes
+// late finds nothing to do. Which thread computes a chunk changes no bit of a result.
 //
-// A caller that finds the pool busy (with another thread's job, or with its own) does all chunks
+// A caller that finds the pool busy (with another thread's work, or with its own) does all chunks
 // itself. Workers that find nothing yield for a moment, so that a loop of calls need not wake them,
 // then sleep. They block signals, so Ctrl-C reaches Python's main thread. A child of a fork begins
 // with a new pool, because the threads of the old one do not exist there.
@@ -49,7 +49,7 @@ class Pool {
 #if defined(__GLIBC__)
         caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
 #endif
-        // The generation tells this job's chunks from those of a job that a late worker remembers.
+        // The generation tells the chunks of this work from those that a late worker remembers.
         ticket_.store(++generation_ << 32 | chunks_);
         if (sleepers_.load() > 0) {
             { std::lock_guard<std::mutex> lock(mutex_); }
@@ -68,11 +68,11 @@ class Pool {
         bool took = false;
         std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
         while (std::uint32_t left = (std::uint32_t)ticket) {
-            if (id >= helpers_.load()) break;  // the next job may want fewer
+            if (id >= helpers_.load()) break;  // the next work may want fewer helpers
             if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
                                                std::memory_order_acquire))
                 continue;
-            // The job cannot be replaced before this chunk is done.
+            // The work cannot be replaced before this chunk is done.
             task_(work_, chunks_ - left);
             done_.fetch_add(1, std::memory_order_release);
             took = true;
@@ -94,7 +94,7 @@ class Pool {
             } else {
                 std::unique_lock<std::mutex> lock(mutex_);
                 sleepers_.fetch_add(1);  // before the last look at the ticket: see share_out
-                // A worker that wakes too late for this job stays awake and helps with the next.
+                // A worker that wakes too late for this work stays awake and helps with the next.
                 // Else it would never help with calls that take no longer than waking.
                 if (!wanted(id)) do wake_.wait(lock); while (id >= helpers_.load());
                 sleepers_.fetch_sub(1);
@@ -144,7 +144,7 @@ class Pool {
 
     std::atomic<std::uint64_t> ticket_{0};  // generation, chunks left
     std::atomic<std::uint32_t> done_{0};
-    std::atomic<int> helpers_{0};  // workers from this one on keep out
+    std::atomic<int> helpers_{0};  // workers with a lower number help; the others wait
     Task task_ = nullptr;
     void* work_ = nullptr;
     std::uint32_t chunks_ = 0;
