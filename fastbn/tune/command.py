@@ -125,8 +125,9 @@ def _imported(text: str) -> tuple[Objective, list[dict[str, Scale]], Any]:
     module_name, _, name = text.partition(":")
     if not module_name or not name:
         raise DemoError(f"MODULE:FUNCTION: expected a module and a function, got {text!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # where `fastbn` is a script, the folder one works in is not there
+    here = str(Path.cwd())  # not "": a worker would take that for the folder of its own start
+    if here not in sys.path:
+        sys.path.insert(0, here)  # where `fastbn` is a script, the folder one works in is not there
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
