@@ -29,7 +29,7 @@ REST = 0.015  # seconds before a round, for the last one's threads to fall aslee
 LONG = 0.03
 TRIES = 3
 # After this many seconds the command measures two rounds and repeats none.
-ENOUGH = 30
+ENOUGH = 12
 # A contender's slowest round divided by its fastest. A larger ratio means that something
 # interfered.
 SPREAD = 3.0
