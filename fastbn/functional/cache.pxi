@@ -35,6 +35,7 @@ cdef class Cache:
     cdef Py_ssize_t channels
     cdef Py_ssize_t inner
     cdef double count            # how many values of a channel the statistics cover
+    cdef double own              # how many of them x has
     cdef double eps
     cdef Py_ssize_t groups
     cdef bint grouped
@@ -44,7 +45,11 @@ cdef class Cache:
     cdef double slope            # slope of the activation below 0
     cdef cnp.ndarray signs       # a bit for each value: whether its activation's input was above 0
     cdef Py_ssize_t first_bit    # which bit of signs is that of the first value
-    cdef object valid            # the positions of x that a mask leaves (see mask.py), or None
+    # Of a mask, None without one: the runs of valid positions (Run in job.hpp, one a row), a bit for
+    # each position where that is needed, and the order of x's axes in memory if x was copied.
+    cdef cnp.ndarray runs
+    cdef cnp.ndarray valid
+    cdef object order
     # Arrays of the gradients' shape and dtype. None stands for (C,) and x's dtype, or float32 for
     # 16-bit x.
     cdef cnp.ndarray gamma_like
@@ -64,6 +69,9 @@ cdef class Cache:
         if self.grouped:
             counts[:] = self.outer * self.inner
             counts[self.groups - 1] = (self.examples - (self.groups - 1) * self.outer) * self.inner
+        if self.runs is not None:
+            group = self.runs[:-1, 0] // (self.outer * self.inner)
+            counts = np.bincount(group, np.diff(self.runs[:, 1]), self.groups)
         return merged(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), counts)
 
     cdef object matrix(self, int which):

@@ -34,11 +34,12 @@ depend on who computes them. The pool hands the work out in chunks.
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
-from fastbn.kernels.job cimport APPLY, FORWARD, INFERENCE, Job
+from fastbn.kernels.job cimport APPLY, FORWARD, INFERENCE, Job, Run
 from fastbn.kernels.loops cimport (
     LANES,
+    MOST_CHANNELS,
     MOST_RUNS,
     Columns,
     Loops,
@@ -154,6 +155,7 @@ cdef inline bint takes_sums(const Job* job) noexcept nogil:
     return job.operation != INFERENCE and job.operation != APPLY
 
 
+include "masks.pxi"
 include "statistics.pxi"
 include "runs.pxi"
 include "rows.pxi"
@@ -206,6 +208,10 @@ cdef Py_ssize_t compute_group(
     cdef Walk w
     cdef Scratch scratch
     w.job, w.loops, w.threads = job, loops, threads
+    if job.runs != NULL and job.valid_count == 0:
+        if memory != NULL:
+            finish_without_values(job)
+        return 0
     # batch_moments (no y) sums every block again, to keep all digits.
     w.cancelled = CANCELLED if job.out != NULL else 1
     scratch.memory, scratch.reserved = memory, 0
@@ -245,6 +251,8 @@ cdef Job group_of(Job* job, Py_ssize_t index) noexcept nogil:
     cdef Py_ssize_t bytes = offset * job.itemsize
     group.outer = min(job.outer, job.examples - index * job.outer)
     group.count = <double>group.outer * group.inner
+    if job.runs != NULL:
+        count_valid(&group, index * job.outer * job.inner)
     group.x, group.dy, group.out = moved(job.x, bytes), moved(job.dy, bytes), moved(job.out, bytes)
     group.residual, group.dresidual = moved(job.residual, bytes), moved(job.dresidual, bytes)
     group.first_bit += offset
@@ -293,7 +301,9 @@ cdef int compute(Job* job) noexcept nogil:
         chunks = min(g.count, <Py_ssize_t>CHUNKS_PER_THREAD * threads)
     g.per_chunk = ceil_div(g.count, chunks)
     chunks = ceil_div(g.count, g.per_chunk)
-    g.scratch_size = compute_group(job, &g.loops, g.threads, NULL)
+    last = job[0]
+    last.valid_count = min(job.valid_count, job.outer * job.inner)
+    g.scratch_size = compute_group(&last, &g.loops, g.threads, NULL)
     if g.count > 1:
         last = group_of(job, g.count - 1)  # may be shorter, which lays it out in another way
         g.scratch_size = max(g.scratch_size, compute_group(&last, &g.loops, g.threads, NULL))

@@ -15,7 +15,8 @@
 namespace fastbn {
 
 constexpr int LANES = 16;
-constexpr std::ptrdiff_t MOST_RUNS = 64;  // that one call sums side by side
+constexpr std::ptrdiff_t MOST_RUNS = 64;      // that one call sums side by side
+constexpr std::ptrdiff_t MOST_CHANNELS = 16;  // likewise, behind a mask
 
 // The coefficients of each channel, in float64; normalisation needs the first three.
 //     y = (x - center) * scale + shift
@@ -40,6 +41,7 @@ struct Columns {
     // if the two lie at the same place in their pages.
     std::ptrdiff_t side;
     std::ptrdiff_t ahead;  // how many values ahead of the sum memory is prefetched, or 0
+    bool added;            // to what the sums are already
 };
 
 namespace {
@@ -124,6 +126,66 @@ void sum_runs(const Job& job, const Runs& r, bool shifted, double k, double* sum
     });
 }
 
+// The sums of 16 lanes, each at several places, so that they can be read from any lane on.
+struct Wheel {
+    double sums[3 * LANES];
+    INLINE double* from(int lane, int last) { return sums + lane + (lane < last ? LANES : 0); }
+    INLINE void put(Wide a, int lane) {
+        store(sums + lane, a, LANES);
+        store(sums + lane + LANES, a, LANES);
+    }
+};
+
+template <class T, bool gradient, bool shifted, bool fused>
+void sum_valid_as(const Job& job, const Run* run, std::ptrdiff_t first, std::ptrdiff_t end,
+                  std::ptrdiff_t channel, std::ptrdiff_t channels, double shift, double* sums,
+                  std::ptrdiff_t next) {
+    Wheel a[MOST_CHANNELS], b[MOST_CHANNELS];
+    Wide k = fill(shift);
+    int lane = 0, last = 0;  // of the first value of this run, and of the run before
+    for (std::ptrdiff_t c = 0; c < channels; c++) {
+        a[c].put(fill(0.0), 0);
+        b[c].put(fill(0.0), 0);
+    }
+    for (; first < end; run++) {
+        std::ptrdiff_t position = run->position - job.first_position + (first - run->before);
+        std::ptrdiff_t length = (run[1].before < end ? run[1].before : end) - first;
+        std::ptrdiff_t whole = length / LANES, row = position / job.inner;
+        int tail = (int)(length % LANES);
+        std::ptrdiff_t i = (row * (job.channels - 1) + channel) * job.inner + position;
+        for (std::ptrdiff_t c = 0; c < channels; c++, i += job.inner) {
+            Wide sum_a = load((const double*)a[c].from(lane, last), LANES);
+            Wide sum_b = load((const double*)b[c].from(lane, last), LANES);
+            add_packs<T, gradient, shifted, fused>(job, i, whole, LANES, LANES, k, sum_a, sum_b);
+            if (tail)
+                add_packs<T, gradient, shifted, fused>(job, i + whole * LANES, 1, LANES, tail, k,
+                                                       sum_a, sum_b);
+            a[c].put(sum_a, lane);
+            b[c].put(sum_b, lane);
+        }
+        first += length;
+        last = lane;
+        lane = (lane + tail) % LANES;
+    }
+    for (std::ptrdiff_t c = 0; c < channels; c++) {
+        sums[c * next] = sum_lanes(load((const double*)a[c].from(0, last), LANES));
+        sums[c * next + 1] = sum_lanes(load((const double*)b[c].from(0, last), LANES));
+    }
+}
+
+// Sum the valid positions from `first` to `end`, counted among the valid ones, of some channels;
+// `run` is the run of the first. The bits are those of a run that has these positions alone.
+template <class T>
+void sum_valid(const Job& job, const Run* run, std::ptrdiff_t first, std::ptrdiff_t end,
+               std::ptrdiff_t channel, std::ptrdiff_t channels, bool shifted, double k,
+               double* sums, std::ptrdiff_t next) {
+    with_flags<T>(job, shifted, [&](auto gradient, auto is_shifted, auto fused) {
+        sum_valid_as<T, decltype(gradient)::value, decltype(is_shifted)::value,
+                     decltype(fused)::value>(job, run, first, end, channel, channels, k, sums,
+                                             next);
+    });
+}
+
 template <class T, bool gradient, bool shifted, bool fused>
 void sum_columns_as(const Job& job, const Columns& given, const double* k, double* a, double* b) {
     const Columns c = given;
@@ -131,7 +193,7 @@ void sum_columns_as(const Job& job, const Columns& given, const double* k, doubl
     const T* x = (const T*)job.x;
     const T* dy = (const T*)job.dy;
     Wide shift = fill(0.0);
-    for (std::ptrdiff_t j = 0; j < c.width; j += LANES) {
+    for (std::ptrdiff_t j = 0; j < c.width && !c.added; j += LANES) {
         store(a + j, shift, LANES);
         store(b + j, shift, LANES);
     }
@@ -223,8 +285,10 @@ template <class T> INLINE void write_pack(T* out, Pack<T> a, int lanes, bool pas
     if (past_cache && lanes == LANES) store_past_cache(out, a); else store(out, a, lanes);
 }
 
+// `valid` has a bit for each lane. The others become 0.
 template <class T, bool fused>
-INLINE Pack<T> normalized(const Job& job, std::ptrdiff_t i, int lanes, const Coefficients<T>& c) {
+INLINE Pack<T> normalized(const Job& job, std::ptrdiff_t i, int lanes, const Coefficients<T>& c,
+                          unsigned valid) {
     Pack<T> a = (load((const T*)job.x + i, lanes) - c.center) * c.scale + c.shift;
     if constexpr (fused) {
         if (job.residual) a = a + load((const T*)job.residual + i, lanes);
@@ -233,35 +297,45 @@ INLINE Pack<T> normalized(const Job& job, std::ptrdiff_t i, int lanes, const Coe
             if (job.signs) put_bits(job.signs, job.first_bit + i, signs, lanes);
             a = leaky_relu(signs, a, job.slope);
         }
+        if (job.valid) a = select(valid, a, fill((Element<T>)0));
     }
     return a;
 }
 
 template <class T, bool fused>
 INLINE Pack<T> gradient_of_x(const Job& job, std::ptrdiff_t i, int lanes,
-                             const Coefficients<T>& c) {
+                             const Coefficients<T>& c, unsigned valid) {
     Pack<T> g = load((const T*)job.dy + i, lanes);
     if constexpr (fused) {
         if (job.signs) g = leaky_relu(get_bits(job.signs, job.first_bit + i), g, job.slope);
+        if (job.valid) g = select(valid, g, fill((Element<T>)0));
         if (job.dresidual) write_pack((T*)job.dresidual + i, g, lanes, job.residual_past_cache);
-        if (job.operation == BACKWARD_FIXED) return g * c.scale;
     }
-    Pack<T> x = load((const T*)job.x + i, lanes);
-    return ((g - c.level) - ((x - c.center) * c.slope + c.shift)) * c.scale;  // shift: the residue
+    Pack<T> dx;
+    if (fused && job.operation == BACKWARD_FIXED) {
+        dx = g * c.scale;
+    } else {
+        Pack<T> x = load((const T*)job.x + i, lanes);
+        // shift is the residue
+        dx = ((g - c.level) - ((x - c.center) * c.slope + c.shift)) * c.scale;
+    }
+    if (fused && job.valid) dx = select(valid, dx, fill((Element<T>)0));
+    return dx;
 }
 
 template <class T, bool gradient, bool fused>
 INLINE void write_result(const Job& job, std::ptrdiff_t i, int lanes, bool past_cache,
-                         const Coefficients<T>& c) {
+                         const Coefficients<T>& c, unsigned valid = ~0u) {
     Pack<T> a;
-    if constexpr (gradient) a = gradient_of_x<T, fused>(job, i, lanes, c);
-    else a = normalized<T, fused>(job, i, lanes, c);
+    if constexpr (gradient) a = gradient_of_x<T, fused>(job, i, lanes, c, valid);
+    else a = normalized<T, fused>(job, i, lanes, c, valid);
     write_pack((T*)job.out + i, a, lanes, past_cache);
 }
 
 // Whether anything but a plain normalisation or gradient is written.
 INLINE bool is_fused(const Job& job) {
-    return job.activated || job.residual || job.dresidual || job.operation == BACKWARD_FIXED;
+    return job.activated || job.residual || job.dresidual || job.valid ||
+           job.operation == BACKWARD_FIXED;
 }
 
 // Write the positions from begin to end, whose runs may be of several channels, from the end; a
@@ -273,6 +347,12 @@ void write_runs(const Job& given, const Table& coefficients, std::ptrdiff_t begi
     const Table table = coefficients;
     std::ptrdiff_t start = (end - 1) / job.inner * job.inner;  // of the last run
     std::ptrdiff_t channel = start / job.inner % job.channels;
+    // The position of value p of this run is `position` + p.
+    std::ptrdiff_t position = job.first_position
+                              + start / job.inner / job.channels * job.inner - start;
+    auto valid_from = [&](std::ptrdiff_t i) {
+        return fused && job.valid ? get_bits(job.valid, i) : ~0u;
+    };
     std::ptrdiff_t bottom = begin + lanes_to_line((const T*)job.out + begin), p = end;
     if (bottom > end) bottom = end;
     int lanes = (int)((end - bottom) % LANES);
@@ -282,21 +362,27 @@ void write_runs(const Job& given, const Table& coefficients, std::ptrdiff_t begi
             std::ptrdiff_t packs = (p - (start > bottom ? start : bottom)) / LANES;
             for (; packs > 0; packs--) {
                 p -= LANES;
-                write_result<T, gradient, fused>(job, p, LANES, job.past_cache, c);
+                write_result<T, gradient, fused>(job, p, LANES, job.past_cache, c,
+                                                 valid_from(position + p));
             }
             if (p == begin) return;
         }
         if (p == bottom) lanes = (int)(bottom - begin);
         else if (lanes == 0) lanes = LANES;
         p -= lanes;
+        unsigned valid = valid_from(position + (p < start ? start : p));
         if (p < start) {  // the lower part of the pack is of the channel before
+            int lower = (int)(start - p);
+            if (channel) position += job.inner;  // else of the row before, whose positions follow
             channel = channel ? channel - 1 : job.channels - 1;
             below = coefficients_of<T, gradient>(table, channel);
-            c = combine<T, gradient>(below, c, (int)(start - p));
+            c = combine<T, gradient>(below, c, lower);
+            valid = valid << lower | (valid_from(position + p) & ((1u << lower) - 1));
             start -= job.inner;
         }
-        if (lanes == LANES) write_result<T, gradient, fused>(job, p, LANES, job.past_cache, c);
-        else write_result<T, gradient, fused>(job, p, lanes, false, c);
+        if (lanes == LANES)
+            write_result<T, gradient, fused>(job, p, LANES, job.past_cache, c, valid);
+        else write_result<T, gradient, fused>(job, p, lanes, false, c, valid);
         c = below;
         lanes = 0;
     }
@@ -383,6 +469,7 @@ struct Loops {
     bool wide;            // whether elements are computed in float64; in float32 otherwise
     bool exact_products;  // whether those of two values are exact in float64
     decltype(&fastbn::sum_runs<float>) sum_runs;
+    decltype(&fastbn::sum_valid<float>) sum_valid;
     decltype(&fastbn::sum_columns<float>) sum_columns;
     decltype(&fastbn::write_runs<float, true, true>) write_runs;
     decltype(&fastbn::write_rows<float, true, true>) write_rows;
@@ -393,8 +480,8 @@ struct Loops {
 };
 
 template <class T, bool gradient, bool fused> Loops loops_of() {
-    return {sizeof(Element<T>) == 8, exact_products<T>, sum_runs<T>, sum_columns<T>,
-            write_runs<T, gradient, fused>, write_rows<T, gradient, fused>,
+    return {sizeof(Element<T>) == 8, exact_products<T>, sum_runs<T>, sum_valid<T>,
+            sum_columns<T>, write_runs<T, gradient, fused>, write_rows<T, gradient, fused>,
             spread_table<T, gradient>, widen_into<T>, value_at<T>, gradient_at<T>};
 }
 template <class T> Loops loops_of(const Job& job) {

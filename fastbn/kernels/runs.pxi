@@ -1,4 +1,5 @@
-# The walk over runs (inner >= 16): lanes go along the values of one channel.
+# The walk over runs (inner >= 16): lanes go along the values of one channel. Behind a mask they go
+# along its valid positions, and a block is a piece of these.
 
 cdef struct Block:
     Py_ssize_t first_row
@@ -16,12 +17,18 @@ cdef inline Py_ssize_t rows_of_block(Job* job) noexcept nogil:
 
 
 cdef inline Py_ssize_t blocks_of_runs(Job* job) noexcept nogil:
+    if job.runs != NULL:
+        return ceil_div(job.valid_count, BLOCK)
     return ceil_div(job.outer, rows_of_block(job)) * pieces_of_run(job)
 
 
 cdef inline Block block_of_runs(Job* job, Py_ssize_t b) noexcept nogil:
-    """Return where block b lies: some whole runs, or a piece of one."""
+    """Return where block b lies: some whole runs, or a piece of one, or of the valid positions."""
     cdef Block block
+    if job.runs != NULL:
+        block.first_row, block.end_row, block.first = 0, 1, b * BLOCK
+        block.length = min(job.valid_count - block.first, <Py_ssize_t>BLOCK)
+        return block
     block.first_row = b // pieces_of_run(job) * rows_of_block(job)
     block.end_row = min(block.first_row + rows_of_block(job), job.outer)
     block.first = b % pieces_of_run(job) * BLOCK
@@ -59,7 +66,15 @@ cdef void sum_long_runs(
 ) noexcept nogil:
     """Sum a block of some channels, run by run."""
     cdef Job* job = w.job
+    cdef Py_ssize_t first
     cdef Runs runs
+    if job.runs != NULL:
+        first = job.valid_before + block.first
+        w.loops.sum_valid(
+            job[0], run_of_valid(job, first), first, first + block.length, begin, end - begin,
+            shifted, k, sums_of(w, begin, index), 2 * w.blocks,
+        )
+        return
     runs.start = (block.first_row * job.channels + begin) * job.inner + block.first
     runs.channels, runs.next_channel = end - begin, job.inner
     runs.rows, runs.next_row = block.end_row - block.first_row, job.channels * job.inner
@@ -81,7 +96,7 @@ cdef void sum_short_runs(
     columns.width = (end - begin) * job.inner
     columns.rows, columns.next_row = block.end_row - block.first_row, job.channels * job.inner
     columns.side = SIDE if job.dy == NULL else SIDE // 2
-    columns.ahead = 0
+    columns.ahead, columns.added = 0, False
     w.loops.sum_columns(job[0], columns, NULL, a, b)
     for c in range(end - begin):
         sums = sums_of(w, begin + c, index)
@@ -99,16 +114,14 @@ cdef void finish_block(Walk* w, Py_ssize_t c, Block block, Py_ssize_t index) noe
             sum_long_runs(w, c, c + 1, block, index, True, w.shifts[c])
         return
     if not w.loops.exact_products:
-        k = w.loops.value_at(
-            job.x, (block.first_row * job.channels + c) * job.inner + block.first
-        )
+        k = w.loops.value_at(job.x, place_of(job, c, block.first_row * job.inner + block.first))
         sum_long_runs(w, c, c + 1, block, index, True, k)
     if sums[1] - sums[0] * sums[0] / n < sums[1] * w.cancelled:
         # Rounded to the precision of x. Then d * d is exact, except for float64.
         k = rounded(k + sums[0] / n, w.loops.wide)
         sum_long_runs(w, c, c + 1, block, index, True, k)
     sums[1] -= sums[0] * sums[0] / n
-    sums[0] = (k - w.loops.value_at(job.x, c * job.inner)) + sums[0] / n
+    sums[0] = (k - w.loops.value_at(job.x, place_of(job, c, 0))) + sums[0] / n
 
 
 cdef void sum_tile(
@@ -121,8 +134,10 @@ cdef void sum_tile(
     # so that memory is read in a straight line.
     cdef Py_ssize_t at_once = end - begin if job.inner <= BLOCK else 1
     cdef Py_ssize_t least = SHORT if job.dy == NULL else SHORT // 2
-    cdef bint in_columns = job.inner < least and job.outer >= SIDE
+    cdef bint in_columns = job.inner < least and job.outer >= SIDE and job.runs == NULL
     cdef Py_ssize_t side_by_side = COLUMNS // job.inner if in_columns else <Py_ssize_t>MOST_RUNS
+    if job.runs != NULL:
+        side_by_side = MOST_CHANNELS
     cdef Block block
     while upto < end:
         begin, upto = upto, min(upto + at_once, end)
@@ -158,7 +173,7 @@ cdef void finish_runs(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
                 second += sums[1]
         if job.operation == FORWARD:
             job.mean[s], job.var[s] = first, second
-            job.mean_low[s] = w.loops.value_at(job.x, c * job.inner)
+            job.mean_low[s] = w.loops.value_at(job.x, place_of(job, c, 0))
         else:
             job.dbeta[s], job.dgamma[s] = first, second
     make_coefficients(w, begin, end)
