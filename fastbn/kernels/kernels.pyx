@@ -59,8 +59,9 @@ from fastbn.kernels.loops cimport (
     store,
     sum_values,
 )
-from fastbn.runtime.cpu cimport cache_size
 from fastbn.runtime.pool cimport share_out, threads_for
+
+from fastbn.runtime.caches import caches
 
 cdef enum:
     # Changing one of these, or CANCELLED, changes bits.
@@ -72,10 +73,9 @@ cdef enum:
     # Runs at least this long are summed one by one; in backward, half as long.
     SHORT = 256
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
-    # Changing one of these changes no bits.
-    AHEAD = 8192             # how many values ahead of the sum memory is prefetched
-    TILE = 4 << 20           # bytes in a tile of channels, about,
-    SEGMENT = 128 << 10      # and contiguous bytes in it, at most
+    # Changing one of these changes no bits, nor does what is below.
+    AHEAD = 8192             # how many values ahead of sums over rows memory is prefetched,
+    RUNS_AHEAD = 8192        # and how many bytes ahead of sums over runs
     COLUMNS = 2048           # contiguous values of short runs that are summed side by side
     # Values of a row in a panel, rounded up to whole channels. A short row or the last panel has
     # fewer.
@@ -87,8 +87,12 @@ cdef enum:
 # above some 4 standard deviations. Down to there at most 4 of float64's 53 bits are lost.
 cdef double CANCELLED = 1.0 / 16
 
-# A result larger than this part of the last-level cache is stored past the cache.
-cdef double PAST_CACHE = 0.3
+# Bytes in a tile of channels, about, and contiguous bytes in it, at most. The second read of a tile
+# comes from level 2, or where that is small from the last level.
+cdef Py_ssize_t TILE = max(caches.l2 // 2, min(1 << 20, caches.last // 4))
+cdef Py_ssize_t SEGMENT = TILE // 32
+# A larger result, in bytes, is stored past the cache.
+cdef double PAST_CACHE = max(6e6, 0.3 * caches.last)
 
 cdef struct Panel:         # the channels of a walk over rows, and their rows
     Py_ssize_t begin
@@ -272,7 +276,7 @@ cdef void chunk_of_groups(void* groups, Py_ssize_t chunk) noexcept nogil:
 cdef bint past_cache(const Job* job, double bytes) noexcept nogil:
     """Whether out is larger than its share of the cache, and none of the inputs."""
     return (
-        bytes > PAST_CACHE * cache_size()
+        bytes > PAST_CACHE
         and job.out != NULL and job.out != job.x and job.out != job.dy and job.out != job.residual
     )
 

@@ -30,6 +30,7 @@ struct Table {
 struct Runs {
     std::ptrdiff_t start, channels, length, next_channel;
     std::ptrdiff_t rows, next_row;
+    std::ptrdiff_t ahead;  // how many values ahead of the sum memory is prefetched
 };
 
 // `width` columns of some rows.
@@ -40,7 +41,9 @@ struct Columns {
     // constant made backward up to 1.6 times slower: loads of x and dy then got in each other's way
     // if the two lie at the same place in their pages.
     std::ptrdiff_t side;
-    std::ptrdiff_t ahead;  // how many values ahead of the sum memory is prefetched, or 0
+    // How many values ahead of the sum memory is prefetched: in a straight line, where rows follow
+    // each other, or in the same columns. 0 is not at all.
+    std::ptrdiff_t ahead, ahead_in_columns;
     bool added;            // to what the sums are already
 };
 
@@ -52,10 +55,16 @@ template <class T> constexpr bool exact_products = !std::is_same_v<T, double>;  
 
 // ------------------------------------------------------------------------------------------ sums
 
+template <class T> INLINE void prefetch_pack(const T* p) {
+    constexpr std::ptrdiff_t line = 64 / sizeof(T);
+    for (std::ptrdiff_t t = 0; t < LANES; t += line) prefetch(p + t);
+}
+
 // Sums of d = x - k (or x) and of d * d; or of g (dy behind the activation) and of g * d.
 template <class T, bool gradient, bool shifted, bool fused>
 INLINE void add_packs(const Job& job, std::ptrdiff_t i, std::ptrdiff_t count,
-                      std::ptrdiff_t stride, int lanes, Wide k, Wide& sum_a, Wide& sum_b) {
+                      std::ptrdiff_t stride, int lanes, Wide k, Wide& sum_a, Wide& sum_b,
+                      std::ptrdiff_t ahead = 0) {
     const T* x = (const T*)job.x;
     const T* dy = (const T*)job.dy;
     const std::uint16_t* signs = job.signs;
@@ -64,6 +73,10 @@ INLINE void add_packs(const Job& job, std::ptrdiff_t i, std::ptrdiff_t count,
     Wide a = sum_a, b = sum_b;
     if (lanes < LANES) k = join(k, fill(0.0), lanes);
     for (; count > 0; count--, i += stride) {
+        if (ahead) {
+            prefetch_pack(x + i + ahead);
+            if constexpr (gradient) prefetch_pack(dy + i + ahead);
+        }
         Wide d = load_wide(x + i, lanes), g;
         if constexpr (shifted) d = d - k;
         if constexpr (!gradient) g = d;
@@ -98,13 +111,16 @@ template <class T, class Body> INLINE void with_flags(const Job& job, bool shift
 template <class T, bool gradient, bool shifted, bool fused>
 void sum_runs_as(const Job& job, const Runs& r, double shift, double* sums, std::ptrdiff_t next) {
     Wide a[MOST_RUNS], b[MOST_RUNS], k = fill(shift);
-    std::ptrdiff_t whole = r.length / LANES;
+    std::ptrdiff_t whole = r.length / LANES, width = r.channels * r.next_channel;
     int tail = (int)(r.length % LANES);
     for (std::ptrdiff_t c = 0; c < r.channels; c++) a[c] = b[c] = fill(0.0);
     for (std::ptrdiff_t row = 0; row < r.rows; row++) {
         std::ptrdiff_t i = r.start + row * r.next_row;
         for (std::ptrdiff_t c = 0; c < r.channels; c++, i += r.next_channel) {
-            add_packs<T, gradient, shifted, fused>(job, i, whole, LANES, LANES, k, a[c], b[c]);
+            // What is ahead of the end of a row is in the next one.
+            bool next = c * r.next_channel + r.ahead >= width;
+            add_packs<T, gradient, shifted, fused>(job, i, whole, LANES, LANES, k, a[c], b[c],
+                                                   r.ahead + (next ? r.next_row - width : 0));
             if (tail)
                 add_packs<T, gradient, shifted, fused>(job, i + whole * LANES, 1, LANES, tail, k,
                                                        a[c], b[c]);
@@ -189,7 +205,6 @@ void sum_valid(const Job& job, const Run* run, std::ptrdiff_t first, std::ptrdif
 template <class T, bool gradient, bool shifted, bool fused>
 void sum_columns_as(const Job& job, const Columns& given, const double* k, double* a, double* b) {
     const Columns c = given;
-    constexpr std::ptrdiff_t line = 64 / sizeof(T);
     const T* x = (const T*)job.x;
     const T* dy = (const T*)job.dy;
     Wide shift = fill(0.0);
@@ -210,7 +225,7 @@ void sum_columns_as(const Job& job, const Columns& given, const double* k, doubl
             }
             if (lanes == LANES)
                 add_packs<T, gradient, shifted, fused>(job, i, count, c.next_row, LANES, shift,
-                                                       sum_a, sum_b);
+                                                       sum_a, sum_b, c.ahead_in_columns);
             else
                 add_packs<T, gradient, shifted, fused>(job, i, count, c.next_row, lanes, shift,
                                                        sum_a, sum_b);
@@ -218,9 +233,9 @@ void sum_columns_as(const Job& job, const Columns& given, const double* k, doubl
             store(b + j, sum_b, LANES);
             if (c.ahead == 0) continue;
             i = c.start + row * c.next_row + j * c.side + c.ahead;
-            for (std::ptrdiff_t t = 0; t < c.side * LANES; t += line) {
-                prefetch(x + i + t);
-                if constexpr (gradient) prefetch(dy + i + t);
+            for (std::ptrdiff_t t = 0; t < c.side; t++, i += LANES) {
+                prefetch_pack(x + i);
+                if constexpr (gradient) prefetch_pack(dy + i);
             }
         }
     }

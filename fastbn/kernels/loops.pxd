@@ -35,6 +35,7 @@ cdef extern from "loops.hpp" namespace "fastbn" nogil:
         Py_ssize_t next_channel
         Py_ssize_t rows
         Py_ssize_t next_row
+        Py_ssize_t ahead
     cdef struct Columns:
         Py_ssize_t start
         Py_ssize_t width
@@ -42,6 +43,7 @@ cdef extern from "loops.hpp" namespace "fastbn" nogil:
         Py_ssize_t next_row
         Py_ssize_t side
         Py_ssize_t ahead
+        Py_ssize_t ahead_in_columns
         bint added
     cdef struct Loops:
         bint wide

@@ -96,7 +96,7 @@ cdef void moments_of_block(
     cdef Py_ssize_t j, width = columns.width
     cdef int lane
     cdef bint cancelled
-    columns.ahead = 0
+    columns.ahead = columns.ahead_in_columns = 0
     for j from 0 <= j < width by LANES:
         for lane in range(LANES):
             k[lane] = 0
@@ -132,7 +132,7 @@ cdef void chunk_of_panel_blocks(void* walk, Py_ssize_t index) noexcept nogil:
     columns.width = panel.width
     columns.rows, columns.next_row = rows_of_block_of_panel(panel, index), panel.stride
     columns.side = SIDE if w.job.dy == NULL else SIDE // 2
-    columns.ahead, columns.added = AHEAD, False
+    columns.ahead, columns.ahead_in_columns, columns.added = AHEAD, 0, False
     sum_rows(w, columns, row, 0, w.lane_shifts if w.shifted else NULL, a, b)
     if w.job.dy == NULL:
         moments_of_block(w, columns, row, a, b)

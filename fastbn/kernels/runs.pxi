@@ -48,9 +48,9 @@ cdef inline double* sums_of(Walk* w, Py_ssize_t channel, Py_ssize_t index) noexc
 cdef Py_ssize_t choose_tile(Walk* w) noexcept nogil:
     """Return how many channels a tile has.
 
-    Each example adds one segment. Long segments help the hardware prefetcher. All segments of a
-    tile should fit in a cache, and each thread needs several tiles. With a residual two streams are
-    read, so segments are twice as long.
+    Each example adds one segment. Long segments are straight lines through memory. All segments of
+    a tile should fit in a cache, and each thread needs several tiles. With a residual two streams
+    are read, so segments are twice as long.
     """
     cdef Py_ssize_t twice = 1 if w.job.residual == NULL else 2
     cdef Py_ssize_t least = SEGMENT // 16, run = w.job.inner * w.job.itemsize
@@ -78,7 +78,7 @@ cdef void sum_long_runs(
     runs.start = (block.first_row * job.channels + begin) * job.inner + block.first
     runs.channels, runs.next_channel = end - begin, job.inner
     runs.rows, runs.next_row = block.end_row - block.first_row, job.channels * job.inner
-    runs.length = block.length
+    runs.length, runs.ahead = block.length, RUNS_AHEAD // job.itemsize
     w.loops.sum_runs(job[0], runs, shifted, k, sums_of(w, begin, index), 2 * w.blocks)
 
 
@@ -96,7 +96,8 @@ cdef void sum_short_runs(
     columns.width = (end - begin) * job.inner
     columns.rows, columns.next_row = block.end_row - block.first_row, job.channels * job.inner
     columns.side = SIDE if job.dy == NULL else SIDE // 2
-    columns.ahead, columns.added = 0, False
+    columns.ahead, columns.ahead_in_columns = 0, columns.side * columns.next_row
+    columns.added = False
     w.loops.sum_columns(job[0], columns, NULL, a, b)
     for c in range(end - begin):
         sums = sums_of(w, begin + c, index)

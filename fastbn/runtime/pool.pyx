@@ -109,6 +109,13 @@ def quota_of(group):
         return None
 
 
+def usable_cpus():
+    """Return on how many CPUs this process may run: its affinity, and its control group's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(cpus, ceil(cpus_of_control_group() or cpus), MOST))
+
+
 def default_num_threads():
     """Return what FASTBN_NUM_THREADS or OMP_NUM_THREADS says, or how many CPUs there are."""
     wanted = os.environ.get("FASTBN_NUM_THREADS")
@@ -122,9 +129,7 @@ def default_num_threads():
     openmp = re.match(r"\s*(\d{1,4})\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""))
     if openmp and 1 <= int(openmp[1]) <= MOST:
         return int(openmp[1])
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cpus, ceil(cpus_of_control_group() or cpus), MOST))
+    return usable_cpus()
 
 
 fastbn_set_num_threads(default_num_threads())
