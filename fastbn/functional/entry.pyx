@@ -24,7 +24,8 @@ from fastbn.kernels.job cimport (
     BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Type,
     Job, KernelFunction, Operation, Run,
 )
-from fastbn.runtime import memory as recycled
+from fastbn.runtime.memory cimport ALIGNMENT
+from fastbn.runtime.memory cimport empty_like as recycled
 
 cnp.import_array()
 

@@ -3,7 +3,7 @@
 cdef enum:
     # Bytes. Larger results reuse memory: malloc may return such blocks to the system, and each new
     # page costs a fault.
-    RECYCLED = 2 << 20
+    RECYCLED = 32 << 10
 
 
 cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
@@ -14,8 +14,8 @@ cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
     cdef uintptr_t offset = 0
     if cnp.PyArray_NBYTES(memory) > RECYCLED:
         if beside is not None:
-            offset = <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>recycled.ALIGNMENT
-        return recycled.empty_like(memory, offset)
+            offset = <uintptr_t>cnp.PyArray_DATA(beside) % ALIGNMENT
+        return recycled(memory, offset)
     if cnp.PyArray_IS_C_CONTIGUOUS(memory):
         return cnp.PyArray_EMPTY(
             cnp.PyArray_NDIM(memory), cnp.PyArray_DIMS(memory), cnp.PyArray_TYPE(memory), 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastbn.runtime.pool import usable_cpus
+from fastbn.runtime.limits import usable_cpus
 
 KIB, MIB = 1 << 10, 1 << 20
 VARIABLE = "FASTBN_CACHES"
