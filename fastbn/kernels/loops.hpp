@@ -204,10 +204,8 @@ void sum_columns_as(const Job& job, const Columns& given, const double* k, doubl
             int lanes = (int)(c.width - j < LANES ? c.width - j : LANES);
             Wide sum_a = load((const double*)a + j, LANES);
             Wide sum_b = load((const double*)b + j, LANES);
-            if constexpr (shifted) {
+            if constexpr (shifted)
                 if (k) shift = load(k + j, LANES);
-                else if (!gradient) shift = load_wide(x + c.start + j, lanes);
-            }
             if (lanes == LANES)
                 add_packs<T, gradient, shifted, fused>(job, i, count, c.next_row, LANES, shift,
                                                        sum_a, sum_b);
@@ -227,7 +225,7 @@ void sum_columns_as(const Job& job, const Columns& given, const double* k, doubl
 }
 
 // Sum columns into a and b. These, and k, have room for whole packs. k has a shift for each
-// column; without it, sums that must be shifted anyway are shifted by the first row.
+// column, or is NULL.
 template <class T>
 void sum_columns(const Job& job, const Columns& c, const double* k, double* a, double* b) {
     with_flags<T>(job, k != nullptr, [&](auto gradient, auto shifted, auto fused) {
