@@ -72,9 +72,8 @@ cdef enum:
     MOST_ROWS = 512          # and at most so many
     SIDE = 8                 # rows that are summed side by side; in backward, half as many
     # Of float64, whose sums have no digits to spare:
-    STEP = 512               # values of a run that are summed in lanes before errors are kept,
-    STEP_OF_ROWS = 16        # and rows
-    SOME = 64                # values of a run whose mean is the first shift
+    STEP_OF_ROWS = 16        # rows that are summed before rounding errors are kept
+    SOME = 32                # values of a run whose mean is the first shift; of rows, SIDE
     STRIP = 512              # lanes of rows at a time; this one changes no bits
     # Runs at least this long are summed one by one; in backward, half as long.
     SHORT = 256

@@ -17,6 +17,8 @@ namespace fastbn {
 constexpr int LANES = 16;
 constexpr std::ptrdiff_t MOST_RUNS = 64;      // that one call sums side by side
 constexpr std::ptrdiff_t MOST_CHANNELS = 16;  // likewise, behind a mask
+// Values of a float64 run that are summed before rounding errors are kept. Another one changes bits.
+constexpr std::ptrdiff_t STEP = 512;
 
 // The coefficients of each channel, in float64; normalisation needs the first three.
 //     y = (x - center) * scale + shift
@@ -95,6 +97,24 @@ template <class T, class Body> INLINE void with_flags(const Job& job, bool shift
     choose(Yes());
 }
 
+// Two sums of each lane, with what they lose in rounding (TwoSum, of Ogita, Rump and Oishi, 2005).
+struct Careful {
+    Wide a = fill(0.0), b = fill(0.0), low_a = fill(0.0), low_b = fill(0.0);
+    static INLINE void add(Wide& sum, Wide& low, Wide term) {
+        Wide high = sum + term, part = high - sum;
+        low = low + ((sum - (high - part)) + (term - part));
+        sum = high;
+    }
+    INLINE void add(Wide more_a, Wide more_b) {
+        add(a, low_a, more_a);
+        add(b, low_b, more_b);
+    }
+    INLINE void finish(double* sums) {
+        sums[0] = sum_lanes(a + low_a);
+        sums[1] = sum_lanes(b + low_b);
+    }
+};
+
 template <class T, bool gradient, bool shifted, bool fused>
 void sum_runs_as(const Job& job, const Runs& r, double shift, double* sums, std::ptrdiff_t next) {
     Wide a[MOST_RUNS], b[MOST_RUNS], k = fill(shift);
@@ -116,13 +136,45 @@ void sum_runs_as(const Job& job, const Runs& r, double shift, double* sums, std:
     }
 }
 
+// The same in steps of some whole runs, or of a piece of one.
+template <class T, bool gradient, bool shifted, bool fused>
+void sum_runs_carefully(const Job& job, const Runs& r, double shift, double* sums,
+                        std::ptrdiff_t next) {
+    Wide k = fill(shift);
+    std::ptrdiff_t rows = r.length < STEP ? STEP / r.length : 1;  // of a step
+    for (std::ptrdiff_t c = 0; c < r.channels; c++) {
+        Careful total;
+        Wide a = fill(0.0), b = fill(0.0);
+        for (std::ptrdiff_t row = 0; row < r.rows; row++) {
+            std::ptrdiff_t i = r.start + c * r.next_channel + row * r.next_row;
+            for (std::ptrdiff_t rest = r.length; rest > 0; rest -= STEP, i += STEP) {
+                std::ptrdiff_t length = rest < STEP ? rest : STEP, whole = length / LANES;
+                int tail = (int)(length % LANES);
+                add_packs<T, gradient, shifted, fused>(job, i, whole, LANES, LANES, k, a, b);
+                if (tail)
+                    add_packs<T, gradient, shifted, fused>(job, i + whole * LANES, 1, LANES, tail,
+                                                           k, a, b);
+                if (rest > STEP || (row + 1) % rows == 0 || row + 1 == r.rows) {
+                    total.add(a, b);
+                    a = b = fill(0.0);
+                }
+            }
+        }
+        total.finish(sums + c * next);
+    }
+}
+
 // Sum the runs of each channel, shifted by k where asked: two sums a channel, `next` apart.
 template <class T>
 void sum_runs(const Job& job, const Runs& r, bool shifted, double k, double* sums,
               std::ptrdiff_t next) {
     with_flags<T>(job, shifted, [&](auto gradient, auto is_shifted, auto fused) {
-        sum_runs_as<T, decltype(gradient)::value, decltype(is_shifted)::value,
-                    decltype(fused)::value>(job, r, k, sums, next);
+        if constexpr (exact_products<T>)
+            sum_runs_as<T, decltype(gradient)::value, decltype(is_shifted)::value,
+                        decltype(fused)::value>(job, r, k, sums, next);
+        else
+            sum_runs_carefully<T, decltype(gradient)::value, decltype(is_shifted)::value,
+                               decltype(fused)::value>(job, r, k, sums, next);
     });
 }
 
@@ -141,15 +193,18 @@ void sum_valid_as(const Job& job, const Run* run, std::ptrdiff_t first, std::ptr
                   std::ptrdiff_t channel, std::ptrdiff_t channels, double shift, double* sums,
                   std::ptrdiff_t next) {
     Wheel a[MOST_CHANNELS], b[MOST_CHANNELS];
+    Careful total[exact_products<T> ? 1 : MOST_CHANNELS];
     Wide k = fill(shift);
     int lane = 0, last = 0;  // of the first value of this run, and of the run before
+    std::ptrdiff_t upto = exact_products<T> ? end : first;  // of a step
     for (std::ptrdiff_t c = 0; c < channels; c++) {
         a[c].put(fill(0.0), 0);
         b[c].put(fill(0.0), 0);
     }
-    for (; first < end; run++) {
+    for (; first < end; run += first == run[1].before) {
+        if (!exact_products<T> && first == upto) upto = end - first < STEP ? end : first + STEP;
         std::ptrdiff_t position = run->position - job.first_position + (first - run->before);
-        std::ptrdiff_t length = (run[1].before < end ? run[1].before : end) - first;
+        std::ptrdiff_t length = (run[1].before < upto ? run[1].before : upto) - first;
         std::ptrdiff_t whole = length / LANES, row = position / job.inner;
         int tail = (int)(length % LANES);
         std::ptrdiff_t i = (row * (job.channels - 1) + channel) * job.inner + position;
@@ -166,8 +221,20 @@ void sum_valid_as(const Job& job, const Run* run, std::ptrdiff_t first, std::ptr
         first += length;
         last = lane;
         lane = (lane + tail) % LANES;
+        if (exact_products<T> || first < upto) continue;
+        for (std::ptrdiff_t c = 0; c < channels; c++) {
+            total[c].add(load((const double*)a[c].from(0, last), LANES),
+                         load((const double*)b[c].from(0, last), LANES));
+            a[c].put(fill(0.0), 0);
+            b[c].put(fill(0.0), 0);
+        }
+        lane = last = 0;
     }
     for (std::ptrdiff_t c = 0; c < channels; c++) {
+        if constexpr (!exact_products<T>) {
+            total[c].finish(sums + c * next);
+            continue;
+        }
         sums[c * next] = sum_lanes(load((const double*)a[c].from(0, last), LANES));
         sums[c * next + 1] = sum_lanes(load((const double*)b[c].from(0, last), LANES));
     }

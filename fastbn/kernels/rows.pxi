@@ -124,7 +124,7 @@ cdef void choose_centers(
         read_row(w, row, columns.width, k)
     else:
         w.loops.widen_into(k, w.job.x, place_of_lane(w, row, lane), columns.width)
-    columns.rows = min(columns.rows, <Py_ssize_t>STEP_OF_ROWS)
+    columns.rows = min(columns.rows, <Py_ssize_t>SIDE)
     sum_rows(w, columns, row, lane, k, a, b)
     for j in range(columns.width):
         k[j] += a[j] / columns.rows

@@ -81,27 +81,6 @@ cdef void sum_long_runs(
     w.loops.sum_runs(job[0], runs, shifted, k, sums, 2 * w.blocks)
 
 
-cdef void sum_shifted(Walk* w, Py_ssize_t c, Block block, double k, double* sums) noexcept nogil:
-    """Sum a block of a channel, shifted; of float64 in steps, with what their sums lose."""
-    cdef Block step = block
-    cdef double part[2]
-    cdef double[2] low = [0, 0]
-    cdef Py_ssize_t rows = max(1, STEP // block.length), row, i
-    if w.loops.exact_products:
-        sum_long_runs(w, c, c + 1, block, True, k, sums)
-        return
-    sums[0] = sums[1] = 0
-    for row from block.first_row <= row < block.end_row by rows:
-        step.first_row, step.end_row = row, min(row + rows, block.end_row)
-        for i from 0 <= i < block.length by STEP:
-            step.first, step.length = block.first + i, min(block.length - i, <Py_ssize_t>STEP)
-            sum_long_runs(w, c, c + 1, step, True, k, part)
-            add(&sums[0], &low[0], part[0], True)
-            add(&sums[1], &low[1], part[1], True)
-    sums[0] += low[0]
-    sums[1] += low[1]
-
-
 cdef double center_of_block(Walk* w, Py_ssize_t c, Block block) noexcept nogil:
     """Return a number near the mean of a block: that of its first values."""
     cdef double first
@@ -143,15 +122,15 @@ cdef void finish_block(Walk* w, Py_ssize_t c, Block block, Py_ssize_t index) noe
     cdef double k = 0, n = size_of(block)
     if job.dy != NULL:
         if not w.loops.exact_products or w.shifts[c] != 0:
-            sum_shifted(w, c, block, w.shifts[c], sums)
+            sum_long_runs(w, c, c + 1, block, True, w.shifts[c], sums)
         return
     if not w.loops.exact_products:
-        k = center_of_block(w, c, block)
-        sum_shifted(w, c, block, k, sums)
+        k = sums[0]
+        sum_long_runs(w, c, c + 1, block, True, k, sums)
     if sums[1] - sums[0] * sums[0] / n < sums[1] * w.cancelled:
         # Rounded to the precision of x. Then d * d is exact, except for float64.
         k = rounded(k + sums[0] / n, w.loops.wide)
-        sum_shifted(w, c, block, k, sums)
+        sum_long_runs(w, c, c + 1, block, True, k, sums)
     sums[1] -= sums[0] * sums[0] / n
     sums[0] = (k - w.loops.value_at(job.x, place_of(job, c, 0))) + sums[0] / n
 
@@ -183,6 +162,9 @@ cdef void sum_tile(
                         sum_long_runs(
                             w, c, min(c + side_by_side, upto), block, False, 0, sums_of(w, c, index)
                         )
+            elif job.dy == NULL:
+                for c in range(begin, upto):
+                    sums_of(w, c, index)[0] = center_of_block(w, c, block)
             for c in range(begin, upto):
                 finish_block(w, c, block, index)
 
