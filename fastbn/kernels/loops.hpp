@@ -367,12 +367,25 @@ INLINE Pack<T> normalized(const Job& job, std::ptrdiff_t i, int lanes, const Coe
     return a;
 }
 
+template <class T> INLINE Pack<T> narrowed(Wide a) {
+    if constexpr (sizeof(Element<T>) == 8) return a; else return narrow(a);
+}
+
 template <class T, bool fused>
 INLINE Pack<T> gradient_of_x(const Job& job, std::ptrdiff_t i, int lanes,
                              const Coefficients<T>& c, unsigned valid) {
-    Pack<T> g = load((const T*)job.dy + i, lanes);
+    Pack<T> g = load((const T*)job.dy + i, lanes), above;  // above the level
+    bool sloped = fused && job.signs && job.slope != 0;
     if constexpr (fused) {
-        if (job.signs) g = leaky_relu(get_bits(job.signs, job.first_bit + i), g, job.slope);
+        if (sloped && sizeof(Element<T>) == 4) {
+            // slope * dy is no float. Its digits count where it is almost the level.
+            unsigned signs = get_bits(job.signs, job.first_bit + i);
+            Wide exact = leaky_relu(signs, load_wide((const T*)job.dy + i, lanes), job.slope);
+            g = narrowed<T>(exact);
+            above = narrowed<T>(exact - widen(c.level));
+        } else if (job.signs) {
+            g = leaky_relu(get_bits(job.signs, job.first_bit + i), g, job.slope);
+        }
         if (job.valid) g = select(valid, g, fill((Element<T>)0));
         if (job.dresidual) write_pack((T*)job.dresidual + i, g, lanes, job.residual_past_cache);
     }
@@ -382,7 +395,8 @@ INLINE Pack<T> gradient_of_x(const Job& job, std::ptrdiff_t i, int lanes,
     } else {
         Pack<T> x = load((const T*)job.x + i, lanes);
         // shift is the residue
-        dx = ((g - c.level) - ((x - c.center) * c.slope + c.shift)) * c.scale;
+        if (!sloped || sizeof(Element<T>) == 8) above = g - c.level;
+        dx = (above - ((x - c.center) * c.slope + c.shift)) * c.scale;
     }
     if (fused && job.valid) dx = select(valid, dx, fill((Element<T>)0));
     return dx;
@@ -495,10 +509,7 @@ void widen_into(double* into, const void* values, std::ptrdiff_t i, std::ptrdiff
 INLINE double rounded(double value, bool wide) { return wide ? value : (double)(float)value; }
 INLINE Wide rounded(Wide value, bool wide) {
     if (wide) return value;
-    double values[LANES];
-    put(values, value);
-    for (double& each : values) each = (float)each;
-    return load((const double*)values, LANES);
+    return widen(narrow(value));
 }
 // dy behind the activation.
 template <class T> double gradient_at(const Job& job, std::ptrdiff_t i) {
