@@ -216,7 +216,7 @@ def batch_norm_backward_apply(
     dy: ArrayLike, cache: Cache, dgamma: ArrayLike, dbeta: ArrayLike, *, out: Array | None = None
 ) -> Any:
     """Take the gradient of x by given sums; see `fastbn.batch_norm_backward_apply`."""
-    x, axis, count = cache.x, cache.axis, cache.count
+    x, axis, count = cache.x, cache.axis, max(cache.count, 1)  # a mask may leave a group none
     gamma = 1.0 if cache.gamma is None else _per_channel(cache.gamma, x, axis)
     dgamma, dbeta = _per_channel(dgamma, x, axis), _per_channel(dbeta, x, axis)
     da = _through_activation(dy, cache)

@@ -12,7 +12,8 @@ The shape. Every array is (outer, channels, inner), C-contiguous: NCHW is (N, C,
 The statistics. Values are cut into blocks. In a block each lane sums x and x*x in float64. Where
 the mean is so large that sum(x*x) - sum(x)^2 / n cancels, the block is summed again, of d = x - k
 with k its mean, rounded to the precision of x (float for 16-bit types), so that d*d is exact as
-well. (float64 values are summed so from the start, with k the block's first value.) Chan's formula
+well. (float64 values are summed so from the start, with k the mean of the block's first ones. Their
+sums keep what rounding takes, step by step [2]_.) Chan's formula
 [1]_ merges blocks in order, as distances from the channel's first value, its origin, which keeps
 what the mean itself would round away. The mean comes out as two doubles, mean + mean_low.
 
@@ -29,6 +30,7 @@ operation (contracted only where the product is exact). Neither the blocks nor t
 depend on who computes them. The pool hands the work out in chunks.
 
 .. [1] Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983.
+.. [2] Ogita, Rump, Oishi, "Accurate sum and dot product", 2005.
 """
 
 from cpython.pycapsule cimport PyCapsule_New
@@ -70,6 +72,10 @@ cdef enum:
     LEAST_ROWS = 128         # but at least so many rows
     MOST_ROWS = 512          # and at most so many
     SIDE = 8                 # rows that are summed side by side; in backward, half as many
+    # Of float64, whose sums have no digits to spare:
+    STEP_OF_ROWS = 16        # rows that are summed before rounding errors are kept
+    SOME = 32                # values of a run whose mean is the first shift; of rows, SIDE
+    STRIP = 512              # lanes of rows at a time; this one changes no bits
     # Runs at least this long are summed one by one; in backward, half as long.
     SHORT = 256
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
@@ -86,6 +92,7 @@ cdef enum:
 # A block is summed again if sum(x*x) - sum(x)^2/n is below this part of sum(x*x): the mean is then
 # above some 4 standard deviations. Down to there at most 4 of float64's 53 bits are lost.
 cdef double CANCELLED = 1.0 / 16
+cdef double CANCELLED_WIDE = 1.0 / 2  # of float64, which has no digits to spare
 
 # Bytes in a tile of channels, about, and contiguous bytes in it, at most. The second read of a tile
 # comes from level 2, or where that is small from the last level.
@@ -125,6 +132,7 @@ cdef struct Walk:          # of one group of examples
     double* lane_shifts    # the same, one for each lane of the panel
     double* origins        # the first value of each lane of the panel
     double* sums           # two of each channel (or lane) and block
+    double* lows           # what rounding took from those of each lane
     void* lanes            # coefficients of each lane of the panel, as elements
 
 cdef struct Scratch:       # memory that arrays are cut from; without it they are only counted
@@ -184,6 +192,8 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
         choose_panel(w, 0)
         columns, w.row = w.panel.padded, w.panel.end
         w.lane_shifts = w.origins = reserve(scratch, columns)  # only one of them is needed
+        if not w.loops.exact_products:
+            w.lows = reserve(scratch, 2 * columns)
         # Align the lanes' coefficients like out, so that loads are aligned where stores are.
         start = (<uintptr_t>job.out // job.itemsize) % LANES
         w.lanes = reserve(scratch, COEFFICIENTS * w.panel.wrapped + LANES)
@@ -217,7 +227,7 @@ cdef Py_ssize_t compute_group(
             finish_without_values(job)
         return 0
     # batch_moments (no y) sums every block again, to keep all digits.
-    w.cancelled = CANCELLED if job.out != NULL else 1
+    w.cancelled = 1 if job.out == NULL else CANCELLED if loops.exact_products else CANCELLED_WIDE
     scratch.memory, scratch.reserved = memory, 0
     lay_out(&w, &scratch)
     if memory == NULL:

@@ -17,6 +17,8 @@ namespace fastbn {
 constexpr int LANES = 16;
 constexpr std::ptrdiff_t MOST_RUNS = 64;      // that one call sums side by side
 constexpr std::ptrdiff_t MOST_CHANNELS = 16;  // likewise, behind a mask
+// Values of a float64 run that are summed before rounding errors are kept. Another one changes bits.
+constexpr std::ptrdiff_t STEP = 512;
 
 // The coefficients of each channel, in float64; normalisation needs the first three.
 //     y = (x - center) * scale + shift
@@ -108,6 +110,24 @@ template <class T, class Body> INLINE void with_flags(const Job& job, bool shift
     choose(Yes());
 }
 
+// Two sums of each lane, with what they lose in rounding (TwoSum, of Ogita, Rump and Oishi, 2005).
+struct Careful {
+    Wide a = fill(0.0), b = fill(0.0), low_a = fill(0.0), low_b = fill(0.0);
+    static INLINE void add(Wide& sum, Wide& low, Wide term) {
+        Wide high = sum + term, part = high - sum;
+        low = low + ((sum - (high - part)) + (term - part));
+        sum = high;
+    }
+    INLINE void add(Wide more_a, Wide more_b) {
+        add(a, low_a, more_a);
+        add(b, low_b, more_b);
+    }
+    INLINE void finish(double* sums) {
+        sums[0] = sum_lanes(a + low_a);
+        sums[1] = sum_lanes(b + low_b);
+    }
+};
+
 template <class T, bool gradient, bool shifted, bool fused>
 void sum_runs_as(const Job& job, const Runs& r, double shift, double* sums, std::ptrdiff_t next) {
     Wide a[MOST_RUNS], b[MOST_RUNS], k = fill(shift);
@@ -132,13 +152,47 @@ void sum_runs_as(const Job& job, const Runs& r, double shift, double* sums, std:
     }
 }
 
+// The same in steps of some whole runs, or of a piece of one.
+template <class T, bool gradient, bool shifted, bool fused>
+void sum_runs_carefully(const Job& job, const Runs& r, double shift, double* sums,
+                        std::ptrdiff_t next) {
+    Wide k = fill(shift);
+    std::ptrdiff_t rows = r.length < STEP ? STEP / r.length : 1;  // of a step
+    for (std::ptrdiff_t c = 0; c < r.channels; c++) {
+        Careful total;
+        Wide a = fill(0.0), b = fill(0.0);
+        for (std::ptrdiff_t row = 0; row < r.rows; row++) {
+            std::ptrdiff_t i = r.start + c * r.next_channel + row * r.next_row;
+            for (std::ptrdiff_t rest = r.length; rest > 0; rest -= STEP, i += STEP) {
+                std::ptrdiff_t length = rest < STEP ? rest : STEP, whole = length / LANES;
+                int tail = (int)(length % LANES);
+                bool next = rest <= r.ahead;
+                add_packs<T, gradient, shifted, fused>(job, i, whole, LANES, LANES, k, a, b,
+                                                       r.ahead + (next ? r.next_row - r.length : 0));
+                if (tail)
+                    add_packs<T, gradient, shifted, fused>(job, i + whole * LANES, 1, LANES, tail,
+                                                           k, a, b);
+                if (rest > STEP || (row + 1) % rows == 0 || row + 1 == r.rows) {
+                    total.add(a, b);
+                    a = b = fill(0.0);
+                }
+            }
+        }
+        total.finish(sums + c * next);
+    }
+}
+
 // Sum the runs of each channel, shifted by k where asked: two sums a channel, `next` apart.
 template <class T>
 void sum_runs(const Job& job, const Runs& r, bool shifted, double k, double* sums,
               std::ptrdiff_t next) {
     with_flags<T>(job, shifted, [&](auto gradient, auto is_shifted, auto fused) {
-        sum_runs_as<T, decltype(gradient)::value, decltype(is_shifted)::value,
-                    decltype(fused)::value>(job, r, k, sums, next);
+        if constexpr (exact_products<T>)
+            sum_runs_as<T, decltype(gradient)::value, decltype(is_shifted)::value,
+                        decltype(fused)::value>(job, r, k, sums, next);
+        else
+            sum_runs_carefully<T, decltype(gradient)::value, decltype(is_shifted)::value,
+                               decltype(fused)::value>(job, r, k, sums, next);
     });
 }
 
@@ -157,15 +211,18 @@ void sum_valid_as(const Job& job, const Run* run, std::ptrdiff_t first, std::ptr
                   std::ptrdiff_t channel, std::ptrdiff_t channels, double shift, double* sums,
                   std::ptrdiff_t next) {
     Wheel a[MOST_CHANNELS], b[MOST_CHANNELS];
+    Careful total[exact_products<T> ? 1 : MOST_CHANNELS];
     Wide k = fill(shift);
     int lane = 0, last = 0;  // of the first value of this run, and of the run before
+    std::ptrdiff_t upto = exact_products<T> ? end : first;  // of a step
     for (std::ptrdiff_t c = 0; c < channels; c++) {
         a[c].put(fill(0.0), 0);
         b[c].put(fill(0.0), 0);
     }
-    for (; first < end; run++) {
+    for (; first < end; run += first == run[1].before) {
+        if (!exact_products<T> && first == upto) upto = end - first < STEP ? end : first + STEP;
         std::ptrdiff_t position = run->position - job.first_position + (first - run->before);
-        std::ptrdiff_t length = (run[1].before < end ? run[1].before : end) - first;
+        std::ptrdiff_t length = (run[1].before < upto ? run[1].before : upto) - first;
         std::ptrdiff_t whole = length / LANES, row = position / job.inner;
         int tail = (int)(length % LANES);
         std::ptrdiff_t i = (row * (job.channels - 1) + channel) * job.inner + position;
@@ -182,8 +239,20 @@ void sum_valid_as(const Job& job, const Run* run, std::ptrdiff_t first, std::ptr
         first += length;
         last = lane;
         lane = (lane + tail) % LANES;
+        if (exact_products<T> || first < upto) continue;
+        for (std::ptrdiff_t c = 0; c < channels; c++) {
+            total[c].add(load((const double*)a[c].from(0, last), LANES),
+                         load((const double*)b[c].from(0, last), LANES));
+            a[c].put(fill(0.0), 0);
+            b[c].put(fill(0.0), 0);
+        }
+        lane = last = 0;
     }
     for (std::ptrdiff_t c = 0; c < channels; c++) {
+        if constexpr (!exact_products<T>) {
+            total[c].finish(sums + c * next);
+            continue;
+        }
         sums[c * next] = sum_lanes(load((const double*)a[c].from(0, last), LANES));
         sums[c * next + 1] = sum_lanes(load((const double*)b[c].from(0, last), LANES));
     }
@@ -219,10 +288,8 @@ void sum_columns_as(const Job& job, const Columns& given, const double* k, doubl
             int lanes = (int)(c.width - j < LANES ? c.width - j : LANES);
             Wide sum_a = load((const double*)a + j, LANES);
             Wide sum_b = load((const double*)b + j, LANES);
-            if constexpr (shifted) {
+            if constexpr (shifted)
                 if (k) shift = load(k + j, LANES);
-                else if (!gradient) shift = load_wide(x + c.start + j, lanes);
-            }
             if (lanes == LANES)
                 add_packs<T, gradient, shifted, fused>(job, i, count, c.next_row, LANES, shift,
                                                        sum_a, sum_b, c.ahead_in_columns);
@@ -242,7 +309,7 @@ void sum_columns_as(const Job& job, const Columns& given, const double* k, doubl
 }
 
 // Sum columns into a and b. These, and k, have room for whole packs. k has a shift for each
-// column; without it, sums that must be shifted anyway are shifted by the first row.
+// column, or is NULL.
 template <class T>
 void sum_columns(const Job& job, const Columns& c, const double* k, double* a, double* b) {
     with_flags<T>(job, k != nullptr, [&](auto gradient, auto shifted, auto fused) {
@@ -317,12 +384,25 @@ INLINE Pack<T> normalized(const Job& job, std::ptrdiff_t i, int lanes, const Coe
     return a;
 }
 
+template <class T> INLINE Pack<T> narrowed(Wide a) {
+    if constexpr (sizeof(Element<T>) == 8) return a; else return narrow(a);
+}
+
 template <class T, bool fused>
 INLINE Pack<T> gradient_of_x(const Job& job, std::ptrdiff_t i, int lanes,
                              const Coefficients<T>& c, unsigned valid) {
-    Pack<T> g = load((const T*)job.dy + i, lanes);
+    Pack<T> g = load((const T*)job.dy + i, lanes), above;  // above the level
+    bool sloped = fused && job.signs && job.slope != 0;
     if constexpr (fused) {
-        if (job.signs) g = leaky_relu(get_bits(job.signs, job.first_bit + i), g, job.slope);
+        if (sloped && sizeof(Element<T>) == 4) {
+            // slope * dy is no float. Its digits count where it is almost the level.
+            unsigned signs = get_bits(job.signs, job.first_bit + i);
+            Wide exact = leaky_relu(signs, load_wide((const T*)job.dy + i, lanes), job.slope);
+            g = narrowed<T>(exact);
+            above = narrowed<T>(exact - widen(c.level));
+        } else if (job.signs) {
+            g = leaky_relu(get_bits(job.signs, job.first_bit + i), g, job.slope);
+        }
         if (job.valid) g = select(valid, g, fill((Element<T>)0));
         if (job.dresidual) write_pack((T*)job.dresidual + i, g, lanes, job.residual_past_cache);
     }
@@ -332,7 +412,8 @@ INLINE Pack<T> gradient_of_x(const Job& job, std::ptrdiff_t i, int lanes,
     } else {
         Pack<T> x = load((const T*)job.x + i, lanes);
         // shift is the residue
-        dx = ((g - c.level) - ((x - c.center) * c.slope + c.shift)) * c.scale;
+        if (!sloped || sizeof(Element<T>) == 8) above = g - c.level;
+        dx = (above - ((x - c.center) * c.slope + c.shift)) * c.scale;
     }
     if (fused && job.valid) dx = select(valid, dx, fill((Element<T>)0));
     return dx;
@@ -445,10 +526,7 @@ void widen_into(double* into, const void* values, std::ptrdiff_t i, std::ptrdiff
 INLINE double rounded(double value, bool wide) { return wide ? value : (double)(float)value; }
 INLINE Wide rounded(Wide value, bool wide) {
     if (wide) return value;
-    double values[LANES];
-    put(values, value);
-    for (double& each : values) each = (float)each;
-    return load((const double*)values, LANES);
+    return widen(narrow(value));
 }
 // dy behind the activation.
 template <class T> double gradient_at(const Job& job, std::ptrdiff_t i) {

@@ -32,12 +32,12 @@ cdef inline Py_ssize_t place_of_lane(Walk* w, Py_ssize_t row, Py_ssize_t lane) n
     return place_of(w.job, panel.begin + lane % each, row * panel.fold + lane // each)
 
 
-cdef void read_row(Walk* w, Py_ssize_t row, double* into) noexcept nogil:
-    """Read a row of the panel; into has room for a pack more."""
+cdef void read_row(Walk* w, Py_ssize_t row, Py_ssize_t width, double* into) noexcept nogil:
+    """Read the first lanes of a row of the panel; into has room for a pack more."""
     cdef Panel* panel = &w.panel
-    cdef Py_ssize_t count = 1 if w.job.runs == NULL else panel.fold, width = panel.width // count, i
-    for i from 0 <= i < panel.width by width:
-        w.loops.widen_into(into + i, w.job.x, place_of_lane(w, row, i), width)
+    cdef Py_ssize_t each = width if w.job.runs == NULL else panel.end - panel.begin, i
+    for i from 0 <= i < width by each:
+        w.loops.widen_into(into + i, w.job.x, place_of_lane(w, row, i), min(each, width - i))
 
 
 cdef inline Py_ssize_t rows_of_block_of_panel(const Panel* panel, Py_ssize_t index) noexcept nogil:
@@ -86,13 +86,61 @@ cdef void sum_rows(
         run += index == run[1].before
 
 
-cdef void moments_of_block(
-    Walk* w, Columns columns, Py_ssize_t row, double* a, double* b
+cdef void sum_block(
+    Walk* w, Columns columns, Py_ssize_t row, Py_ssize_t lane, const double* k, double* a, double* b
 ) noexcept nogil:
-    """Turn the sums of a block into its moments, after summing it again where they cancel."""
+    """Do as sum_rows; of float64 (a strip at most) in steps, with what their sums lose."""
+    # 544 is STRIP and 2 * LANES; Cython does not accept the names as an array size here.
+    cdef double part_a[544]
+    cdef double part_b[544]
+    cdef double low_a[544]
+    cdef double low_b[544]
+    cdef Py_ssize_t rows = columns.rows, padded = ceil_div(columns.width, LANES) * LANES, r, j
+    if w.loops.exact_products or rows <= STEP_OF_ROWS:
+        sum_rows(w, columns, row, lane, k, a, b)
+        return
+    for j in range(padded):
+        a[j] = b[j] = low_a[j] = low_b[j] = 0
+    for r from 0 <= r < rows by STEP_OF_ROWS:
+        columns.rows = min(rows - r, <Py_ssize_t>STEP_OF_ROWS)
+        sum_rows(w, columns, row + r, lane, k, part_a, part_b)
+        for j in range(padded):
+            add(&a[j], &low_a[j], part_a[j], True)
+        for j in range(padded):
+            add(&b[j], &low_b[j], part_b[j], True)
+    for j in range(padded):
+        a[j] += low_a[j]
+        b[j] += low_b[j]
+
+
+cdef void choose_centers(
+    Walk* w, Columns columns, Py_ssize_t row, Py_ssize_t lane, double* k
+) noexcept nogil:
+    """Choose numbers near the mean of each lane: the means of its first rows in a block."""
+    cdef double a[544]
+    cdef double b[544]
+    cdef Py_ssize_t j
+    if lane == 0:
+        read_row(w, row, columns.width, k)
+    else:
+        w.loops.widen_into(k, w.job.x, place_of_lane(w, row, lane), columns.width)
+    columns.rows = min(columns.rows, <Py_ssize_t>SIDE)
+    sum_rows(w, columns, row, lane, k, a, b)
+    for j in range(columns.width):
+        k[j] += a[j] / columns.rows
+
+
+cdef void moments_of_block(
+    Walk* w, Columns columns, Py_ssize_t row, Py_ssize_t first, const double* centers, double* a,
+    double* b,
+) noexcept nogil:
+    """Turn the sums of a block into its moments, after summing it again where they cancel.
+
+    The lanes begin at the first; centers, or NULL, is what was subtracted from their values.
+    """
     cdef double per_row = 1.0 / columns.rows, limit = w.cancelled, m2
-    cdef double k[32]  # twice LANES; Cython does not accept the name as an array size here.
-    cdef const double* origins = w.origins
+    cdef double k[32]
+    cdef const double* origins = w.origins + first
     cdef Py_ssize_t j, width = columns.width
     cdef int lane
     cdef bint cancelled
@@ -101,9 +149,8 @@ cdef void moments_of_block(
         for lane in range(LANES):
             k[lane] = 0
         columns.width = min(width - j, <Py_ssize_t>LANES)
-        if not w.loops.exact_products:
-            for lane in range(columns.width):
-                k[lane] = w.loops.value_at(w.job.x, place_of_lane(w, row, j + lane))
+        if centers != NULL:
+            memcpy(k, centers + j, columns.width * sizeof(double))
         cancelled = False
         for lane in range(LANES):
             m2 = b[j + lane] - a[j + lane] * a[j + lane] * per_row
@@ -115,7 +162,7 @@ cdef void moments_of_block(
                     # Shift by the mean, rounded to the precision of x. Then d * d is exact,
                     # except for float64.
                     k[lane] = rounded(k[lane] + a[j + lane] * per_row, w.loops.wide)
-            sum_rows(w, columns, row, j, k, a + j, b + j)
+            sum_block(w, columns, row, first + j, k, a + j, b + j)
         for lane in range(LANES):
             b[j + lane] -= a[j + lane] * a[j + lane] * per_row
             a[j + lane] = (k[lane] - origins[j + lane]) + a[j + lane] * per_row
@@ -127,15 +174,25 @@ cdef void chunk_of_panel_blocks(void* walk, Py_ssize_t index) noexcept nogil:
     cdef Panel* panel = &w.panel
     cdef double* a = w.sums + 2 * index * panel.padded
     cdef double* b = a + panel.padded
-    cdef Py_ssize_t row = index * panel.block_rows
+    cdef double centers[544]
+    cdef double* k = w.lane_shifts if w.shifted else NULL
+    cdef Py_ssize_t row = index * panel.block_rows, j
+    cdef Py_ssize_t strip = panel.width if w.loops.exact_products else <Py_ssize_t>STRIP
     cdef Columns columns
-    columns.width = panel.width
     columns.rows, columns.next_row = rows_of_block_of_panel(panel, index), panel.stride
     columns.side = SIDE if w.job.dy == NULL else SIDE // 2
-    columns.ahead, columns.ahead_in_columns, columns.added = AHEAD, 0, False
-    sum_rows(w, columns, row, 0, w.lane_shifts if w.shifted else NULL, a, b)
-    if w.job.dy == NULL:
-        moments_of_block(w, columns, row, a, b)
+    columns.ahead = AHEAD if panel.width <= strip else 0
+    columns.ahead_in_columns, columns.added = 0, False
+    for j from 0 <= j < panel.width by strip:
+        columns.width = min(strip, panel.width - j)
+        if w.job.dy == NULL and not w.loops.exact_products:
+            k = centers
+            choose_centers(w, columns, row, j, k)
+        elif w.shifted:
+            k = w.lane_shifts + j
+        sum_block(w, columns, row, j, k, a + j, b + j)
+        if w.job.dy == NULL:
+            moments_of_block(w, columns, row, j, k, a + j, b + j)
 
 
 cdef void merge_block(Walk* w, Py_ssize_t index) noexcept nogil:
@@ -148,7 +205,14 @@ cdef void merge_block(Walk* w, Py_ssize_t index) noexcept nogil:
     cdef double n = <double>index * w.panel.block_rows, delta
     cdef double block_n = rows_of_block_of_panel(&w.panel, index)
     cdef double weight = block_n / (n + block_n), both = n * weight
-    if w.job.operation == FORWARD:
+    cdef double* low_a = w.lows
+    cdef double* low_b = w.lows + padded
+    if w.job.operation == FORWARD and not w.loops.exact_products:
+        for j in range(padded):
+            delta = (block_a[j] - a[j]) - low_a[j]
+            add(&a[j], &low_a[j], delta * weight, True)
+            add(&b[j], &low_b[j], block_b[j] + delta * delta * both, True)
+    elif w.job.operation == FORWARD:
         for j in range(padded):
             delta = block_a[j] - a[j]
             a[j] += delta * weight
@@ -171,20 +235,20 @@ cdef void merge_lanes(Walk* w, Py_ssize_t channel) noexcept nogil:
     cdef Py_ssize_t f, i, lane, s = statistic_of(job, channel)
     cdef Py_ssize_t first = (channel - panel.begin) * job.inner
     cdef Py_ssize_t tail
-    cdef double sum_a = 0, sum_b = 0, n = 0, lane_n, x, g
+    cdef double sum_a = 0, sum_b = 0, x, g
+    cdef bint careful = not w.loops.exact_products
+    cdef Merged each, all = Merged(0, 0, 0, 0, 0)
     for f in range(panel.fold):
         for i in range(job.inner):
             lane = f * (panel.end - panel.begin) * job.inner + first + i
             if job.operation == FORWARD:
-                lane_n = panel.full_rows
+                each = Merged(panel.full_rows, a[lane], 0, b[lane], 0)
                 if lane < panel.tail:
                     tail = place_of_lane(w, panel.full_rows, lane)
                     x = w.loops.value_at(job.x, tail) - w.origins[lane]
-                    merge(&a[lane], &b[lane], lane_n, x, 0, 1)
-                    lane_n += 1
-                x = w.origins[lane] - w.origins[first] + a[lane]
-                merge(&sum_a, &sum_b, n, x, b[lane], lane_n)
-                n += lane_n
+                    merge(&each, x, 0, 1, careful)
+                x = w.origins[lane] - w.origins[first] + (each.mean + each.mean_low)
+                merge(&all, x, each.m2 + each.m2_low, each.n, careful)
             else:
                 sum_a += a[lane]
                 sum_b += b[lane]
@@ -195,7 +259,8 @@ cdef void merge_lanes(Walk* w, Py_ssize_t channel) noexcept nogil:
                     sum_a += g
                     sum_b += g * x
     if job.operation == FORWARD:
-        job.mean[s], job.var[s], job.mean_low[s] = sum_a, sum_b, w.origins[first]
+        job.mean[s], job.var[s] = all.mean + all.mean_low, all.m2 + all.m2_low
+        job.mean_low[s] = w.origins[first]
     else:
         job.dbeta[s], job.dgamma[s] = sum_a, sum_b
 
@@ -219,10 +284,15 @@ cdef void sum_panel(Walk* w) noexcept nogil:
     if job.dy != NULL:
         spread(w.shifts + panel.begin, w.lane_shifts, channels, job.inner, panel.padded)
     else:
-        read_row(w, 0, w.origins)
+        read_row(w, 0, panel.width, w.origins)
     share_out(chunk_of_panel_blocks, w, w.blocks, w.threads)
+    if job.operation == FORWARD and not w.loops.exact_products:
+        memset(w.lows, 0, 2 * panel.padded * sizeof(double))
     for index in range(1, w.blocks):
         merge_block(w, index)
+    if job.operation == FORWARD and not w.loops.exact_products and w.blocks > 1:
+        for c in range(2 * panel.padded):
+            w.sums[c] += w.lows[c]
     if panel.width == channels:
         copy_lanes(w)
     else:

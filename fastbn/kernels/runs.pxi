@@ -61,10 +61,9 @@ cdef Py_ssize_t choose_tile(Walk* w) noexcept nogil:
 
 
 cdef void sum_long_runs(
-    Walk* w, Py_ssize_t begin, Py_ssize_t end, Block block, Py_ssize_t index,
-    bint shifted, double k,
+    Walk* w, Py_ssize_t begin, Py_ssize_t end, Block block, bint shifted, double k, double* sums
 ) noexcept nogil:
-    """Sum a block of some channels, run by run."""
+    """Sum a block of some channels, or a part of one, run by run; sums are those of the first."""
     cdef Job* job = w.job
     cdef Py_ssize_t first
     cdef Runs runs
@@ -72,14 +71,26 @@ cdef void sum_long_runs(
         first = job.valid_before + block.first
         w.loops.sum_valid(
             job[0], run_of_valid(job, first), first, first + block.length, begin, end - begin,
-            shifted, k, sums_of(w, begin, index), 2 * w.blocks,
+            shifted, k, sums, 2 * w.blocks,
         )
         return
     runs.start = (block.first_row * job.channels + begin) * job.inner + block.first
     runs.channels, runs.next_channel = end - begin, job.inner
     runs.rows, runs.next_row = block.end_row - block.first_row, job.channels * job.inner
     runs.length, runs.ahead = block.length, RUNS_AHEAD // job.itemsize
-    w.loops.sum_runs(job[0], runs, shifted, k, sums_of(w, begin, index), 2 * w.blocks)
+    w.loops.sum_runs(job[0], runs, shifted, k, sums, 2 * w.blocks)
+
+
+cdef double center_of_block(Walk* w, Py_ssize_t c, Block block) noexcept nogil:
+    """Return a number near the mean of a block: that of its first values."""
+    cdef double first
+    cdef double sums[2]
+    first = w.loops.value_at(
+        w.job.x, place_of(w.job, c, block.first_row * w.job.inner + block.first)
+    )
+    block.end_row, block.length = block.first_row + 1, min(block.length, <Py_ssize_t>SOME)
+    sum_long_runs(w, c, c + 1, block, True, first, sums)
+    return first + sums[0] / block.length
 
 
 cdef void sum_short_runs(
@@ -112,15 +123,15 @@ cdef void finish_block(Walk* w, Py_ssize_t c, Block block, Py_ssize_t index) noe
     cdef double k = 0, n = size_of(block)
     if job.dy != NULL:
         if not w.loops.exact_products or w.shifts[c] != 0:
-            sum_long_runs(w, c, c + 1, block, index, True, w.shifts[c])
+            sum_long_runs(w, c, c + 1, block, True, w.shifts[c], sums)
         return
     if not w.loops.exact_products:
-        k = w.loops.value_at(job.x, place_of(job, c, block.first_row * job.inner + block.first))
-        sum_long_runs(w, c, c + 1, block, index, True, k)
+        k = sums[0]
+        sum_long_runs(w, c, c + 1, block, True, k, sums)
     if sums[1] - sums[0] * sums[0] / n < sums[1] * w.cancelled:
         # Rounded to the precision of x. Then d * d is exact, except for float64.
         k = rounded(k + sums[0] / n, w.loops.wide)
-        sum_long_runs(w, c, c + 1, block, index, True, k)
+        sum_long_runs(w, c, c + 1, block, True, k, sums)
     sums[1] -= sums[0] * sums[0] / n
     sums[0] = (k - w.loops.value_at(job.x, place_of(job, c, 0))) + sums[0] / n
 
@@ -149,7 +160,12 @@ cdef void sum_tile(
                     if in_columns:
                         sum_short_runs(w, c, min(c + side_by_side, upto), block, index)
                     else:
-                        sum_long_runs(w, c, min(c + side_by_side, upto), block, index, False, 0)
+                        sum_long_runs(
+                            w, c, min(c + side_by_side, upto), block, False, 0, sums_of(w, c, index)
+                        )
+            elif job.dy == NULL:
+                for c in range(begin, upto):
+                    sums_of(w, c, index)[0] = center_of_block(w, c, block)
             for c in range(begin, upto):
                 finish_block(w, c, block, index)
 
@@ -159,24 +175,25 @@ cdef void finish_runs(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     cdef Job* job = w.job
     cdef Py_ssize_t c, s, i
     cdef double* sums
-    cdef double first, second, n, size
+    cdef bint careful = not w.loops.exact_products
+    cdef Merged all
     for c in range(begin, end):
         s = statistic_of(job, c)
-        first = second = n = 0
+        all = Merged(0, 0, 0, 0, 0)
         for i in range(w.blocks):
             sums = sums_of(w, c, i)
             if job.operation == FORWARD:
-                size = size_of(block_of_runs(job, i))
-                merge(&first, &second, n, sums[0], sums[1], size)
-                n += size
+                merge(&all, sums[0], sums[1], size_of(block_of_runs(job, i)), careful)
             else:
-                first += sums[0]
-                second += sums[1]
+                add(&all.mean, &all.mean_low, sums[0], careful)
+                add(&all.m2, &all.m2_low, sums[1], careful)
+        all.mean += all.mean_low
+        all.m2 += all.m2_low
         if job.operation == FORWARD:
-            job.mean[s], job.var[s] = first, second
+            job.mean[s], job.var[s] = all.mean, all.m2
             job.mean_low[s] = w.loops.value_at(job.x, place_of(job, c, 0))
         else:
-            job.dbeta[s], job.dgamma[s] = first, second
+            job.dbeta[s], job.dgamma[s] = all.mean, all.m2
     make_coefficients(w, begin, end)
 
 
