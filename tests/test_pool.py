@@ -175,7 +175,8 @@ def test_memory_is_that_of_the_machine_or_of_the_control_group(
 
 
 def test_a_system_without_control_groups_has_no_limit(tmp_path):
-    assert limits.of_control_groups("cpu", limits._cpus, tmp_path / "root", tmp_path / "missing") is None
+    where = (tmp_path / "root", tmp_path / "missing")
+    assert limits.of_control_groups("cpu", limits._cpus, *where) is None
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(0.2, 1), (1.0, 1), (1.5, 2), (1e9, None)])

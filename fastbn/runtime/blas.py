@@ -13,7 +13,7 @@ VARIABLE = "OPENBLAS_THREAD_TIMEOUT"
 
 if VARIABLE not in os.environ and "numpy" not in sys.modules:
     os.environ[VARIABLE] = thread_timeout = "16"
-    import numpy  # noqa: F401, ICN001
+    import numpy  # noqa: F401
 
     del os.environ[VARIABLE]
 else:

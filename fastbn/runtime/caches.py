@@ -7,7 +7,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastbn.runtime.limits import usable_cpus
 
@@ -58,7 +58,7 @@ def shares(found: Iterable[Cache], threads: int, cpus: int) -> Caches:
         return cache.size // max(1, cache.cpus // threads) if cache else usual
 
     last = by_level[max(by_level)]
-    share = last.size * min(1, cpus / last.cpus)
+    share = last.size * min(1, cpus / max(1, last.cpus))
     return Caches(
         of_core(1, USUAL.l1), of_core(2, USUAL.l2), int(min(share, MOST_PER_CPU * cpus, MOST))
     )
@@ -67,8 +67,7 @@ def shares(found: Iterable[Cache], threads: int, cpus: int) -> Caches:
 def count_cpus(text: str) -> int:
     """Return how many CPUs a list such as "0-3,8" has."""
     return sum(
-        int(end or begin) - int(begin) + 1
-        for begin, end in re.findall(r"(\d+)(?:-(\d+))?", text)
+        int(end or begin) - int(begin) + 1 for begin, end in re.findall(r"(\d+)(?:-(\d+))?", text)
     )
 
 
@@ -141,16 +140,18 @@ def find(cpus: int) -> Caches:
     wanted = os.environ.get(VARIABLE)
     if wanted is not None:
         sizes = re.fullmatch(r"(\d{1,9})([KM]),(\d{1,9})([KM]),(\d{1,9})([KM])", wanted.strip())
-        values = [
-            int(sizes[i]) * (KIB if sizes[i + 1] == "K" else MIB) for i in (1, 3, 5)
-        ] if sizes else [0]
+        values = (
+            [int(sizes[i]) * (KIB if sizes[i + 1] == "K" else MIB) for i in (1, 3, 5)]
+            if sizes
+            else [0]
+        )
         if not all(values):
             raise ImportError(
                 f"{VARIABLE}: expected level 1, level 2 and the share of the last level, such as "
                 f"32K,1M,32M, got {wanted!r}"
             )
         return Caches(*values)
-    systems: dict[str, Callable[[int], Any]] = {
+    systems: dict[str, Callable[[int], Caches]] = {
         "linux": on_linux, "darwin": on_macos, "win32": on_windows,
     }  # fmt: skip
     try:

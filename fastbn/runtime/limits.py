@@ -19,7 +19,7 @@ def of_control_groups(
         return None
     found = []
     for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["none", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "none", ""][:3]
         if controllers == "":  # version 2
             base = root
         elif controller in controllers.split(","):
