@@ -68,7 +68,8 @@ def let_each_fail(call, changes):
         except (MemoryError, SystemError) as error:
             shim.disarm()
             # In a ufunc or an index NumPy returns without one: "error return without exception set"
-            assert isinstance(error, MemoryError) or "without exception" in str(error)
+            if isinstance(error, SystemError) and "without exception" not in str(error):
+                raise
             for array, old in zip(changes, before, strict=True):
                 assert array.tobytes() == old.tobytes()
         else:
