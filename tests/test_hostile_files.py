@@ -54,15 +54,21 @@ def refused(path, objects):
 def test_a_file_cut_off_at_any_byte_or_with_a_changed_one(tmp_path):
     path, objects = tmp_path / "run.safetensors", {"bn": fastbn.BatchNorm(2)}
     fastbn.save(path, {"bn": trained()["bn"]})
-    whole, before = path.read_bytes(), told(objects)
+    whole, before, after = path.read_bytes(), told(objects), told({"bn": trained()["bn"]})
     changed = [bytearray(whole) for _ in range(0, len(whole), 5)]
     for n, content in enumerate(changed):
         content[5 * n] ^= 0x15
     for content in (*(whole[:n] for n in range(len(whole))), *changed):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"run\.safetensors: "):
+        try:
             fastbn.load(path, objects)
-    assert told(objects) == before
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:  # without fastbn's metadata it is a file of the same values by somebody else
+            assert b'"fastbn"' not in content
+            assert told(objects) == after
+            objects = {"bn": fastbn.BatchNorm(2)}
+        assert told(objects) == before
 
 
 def file_of(header, body=bytes(64)):
