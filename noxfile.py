@@ -86,8 +86,12 @@ def run_sanitized(session, sanitizers, library, tests, **environment):
     shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".?*", "build", "*.so"))
     session.chdir(copy)
     session.install(".[test]", env={"CXX": shlex.join(compiler), "LDFLAGS": flags})
-    found = session.run(*compiler, f"-print-file-name={library}", external=True, silent=True)
-    session.run("pytest", *tests, env={"LD_PRELOAD": found.strip(), **environment})
+    # The sanitizer looks for functions of libstdc++ when it is loaded.
+    found = [
+        session.run(*compiler, f"-print-file-name={name}", external=True, silent=True).strip()
+        for name in (library, "libstdc++.so.6")
+    ]
+    session.run("pytest", *tests, env={"LD_PRELOAD": " ".join(found), **environment})
 
 
 @nox.session
