@@ -87,17 +87,32 @@ cdef inline double* row_of(Cache cache, int which) noexcept:
     return <double*>cnp.PyArray_DATA(cache.statistics) + row * cache.channels
 
 
+cdef cnp.ndarray x_of(Cache cache):
+    """Return x. Another thread may forget it meanwhile, and some Pythons have no GIL."""
+    cdef cnp.ndarray x
+    with cython.critical_section(cache):
+        x = cache.x
+    if x is None:
+        raise ValueError(
+            "cache: x is needed for the gradients, but out= has overwritten it; "
+            "give another array as out"
+        )
+    return x
+
+
+cdef bint forget_x(Cache cache) except -1:
+    with cython.critical_section(cache):
+        cache.x = None
+    return True
+
+
 cdef Cache checked_cache(object cache, bint one_group=False):
     """Return the cache if backward can use it; raise otherwise."""
     if type(cache) is not Cache:
         raise TypeError(
             f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
         )
-    if (<Cache>cache).x is None:
-        raise ValueError(
-            "cache: x is needed for the gradients, but out= has overwritten it; "
-            "give another array as out"
-        )
+    x_of(cache)
     if one_group and (<Cache>cache).grouped:
         raise ValueError("cache: expected one group of examples; use batch_norm_backward")
     return cache

@@ -216,7 +216,7 @@ cdef tuple go_back(
 def backward(dy, cache, out):
     """Return (dx, dgamma, dbeta), and dresidual behind them where there was a residual."""
     cdef Cache c = checked_cache(cache)
-    cdef cnp.ndarray x = c.x
+    cdef cnp.ndarray x = x_of(c)
     cdef vector[double] sums
     if c.count != c.own:
         raise ValueError(
@@ -236,7 +236,7 @@ def backward(dy, cache, out):
 def backward_reduce(dy, cache):
     """Return the sums dgamma and dbeta of a part, float64."""
     cdef Cache c = checked_cache(cache, True)
-    cdef cnp.ndarray x = c.x, placed = place_dy(c, x, dy), sums = np.zeros((2, c.channels))
+    cdef cnp.ndarray x = x_of(c), placed = place_dy(c, x, dy), sums = np.zeros((2, c.channels))
     cdef Job job
     describe_backward(c, x, placed, <double*>cnp.PyArray_DATA(sums), &job)
     call_kernel(&job, BACKWARD)
@@ -246,7 +246,7 @@ def backward_reduce(dy, cache):
 def backward_apply(dy, cache, dgamma, dbeta, out):
     """Return dx of a part by the sums of all parts, or (dx, dresidual)."""
     cdef Cache c = checked_cache(cache, True)
-    cdef cnp.ndarray x = c.x
+    cdef cnp.ndarray x = x_of(c)
     cdef vector[double] sums
     sums.resize(2 * c.channels)
     copy_values(c, dgamma, "dgamma", sums.data())

@@ -81,7 +81,7 @@ cdef object deliver(Cache cache, cnp.ndarray x, cnp.ndarray result, object out):
     if out is None:
         return result
     if may_share(out, x):
-        cache.x = None
+        forget_x(cache)
     if result is not out:
         np.copyto(out, result)
     return out
