@@ -117,6 +117,8 @@ def dtype(name: str, value: DTypeLike, allowed: Collection[np.dtype[Any]]) -> np
 
 def array(name: str, value: ArrayLike, of: str = "numbers") -> Array:
     """Return an array of whatever dtype."""
+    if isinstance(value, np.ma.MaskedArray):  # NumPy would forget the mask
+        raise TypeError(f"{name}: expected an array without a mask, got a masked array")
     try:
         return np.asarray(value)
     except ValueError as error:  # nested lists of unequal lengths
@@ -124,8 +126,15 @@ def array(name: str, value: ArrayLike, of: str = "numbers") -> Array:
 
 
 def values(name: str, value: ArrayLike, count: int, least: float | None = None) -> Array:
-    """Return an array of `count` real numbers, shape (count,), none of them below `least`."""
+    """Return an array of `count` real numbers, shape (count,), none of them below `least`.
+
+    bfloat16, which NumPy does not know, comes back as float32: of ml_dtypes, or a tensor of PyTorch.
+    """
+    if str(getattr(value, "dtype", None)) == "torch.bfloat16":
+        value = value.float()  # type: ignore[union-attr]  # NumPy cannot read the tensor itself
     found = array(name, value)
+    if found.dtype.name == "bfloat16":
+        found = found.astype(np.float32)
     if found.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected numbers, got dtype {found.dtype}")
     if found.shape != (count,):

@@ -159,10 +159,11 @@ def inference_with_cache(
     activation: Activation = None,
     residual: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    keep: bool = True,
 ) -> tuple[Array, Cache]:
-    """Do as `batch_norm_inference`; return the cache for gradients at constant statistics too."""
+    """Do as `batch_norm_inference`; return the cache too, to go back through if `keep`."""
     return entry.forward(
-        x, (mean, var), gamma, beta, axis, eps, activation, residual, mask, None, None
+        x, (mean, var), gamma, beta, axis, eps, activation, residual, mask, None, None, keep
     )
 
 

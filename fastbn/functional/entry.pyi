@@ -20,7 +20,7 @@ class Cache:
 
 def forward(
     x: ArrayLike,
-    statistics: Moments | tuple[ArrayLike, ArrayLike] | None,
+    statistics: Cache | Moments | tuple[ArrayLike, ArrayLike] | None,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     axis: int,

@@ -4,6 +4,9 @@ What is wrong with the arguments is found before anything is written. The kernel
 memory (see `plan`) and per-channel values of float64.
 """
 
+import copyreg
+from copy import deepcopy
+
 import numpy as np
 
 cimport cython
@@ -110,7 +113,7 @@ def forward(
     x, statistics, gamma, beta, axis, eps, activation, residual, mask, group_size, out,
     bint keep=True,
 ):
-    """Normalise x: by its own statistics, by constants (mean, var), or by Moments of more than x.
+    """Normalise x: by its own statistics, or by given ones (see `copy_statistics`).
 
     keep tells whether the cache that is returned beside y will be used to go back.
     """

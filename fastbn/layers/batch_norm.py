@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import checks, functional
+from fastbn.functional import entry
 from fastbn.layers import conversions
-from fastbn.layers.base import Array, Norm
+from fastbn.layers.base import Array, Norm, checked_or_none
 
 if TYPE_CHECKING:
-    from fastbn.functional import Activation
+    from fastbn.functional import Activation, Cache, Moments
+
+
+LIMITS = checks.Rule(
+    "None or two numbers, r_max >= 1 and d_max >= 0", tuple,
+    lambda x: len(x) == 2 and {*map(type, x)} <= {int, float} and x[0] >= 1 and x[1] >= 0,
+)  # fmt: skip
 
 
 class BatchNorm(Norm):
@@ -90,18 +98,23 @@ class BatchNorm(Norm):
     array([0.2, 2. ])
     """
 
+    virtual_batch_size: int | None = checked_or_none(partial(checks.integer, least=1))
+    renorm: tuple[float, float] | None = checked_or_none(
+        partial(checks.hyper_parameter, rule=LIMITS)
+    )
+
     def __init__(
         self, num_features: int, *, axis: int = 1, eps: float = 1e-5, momentum: float | None = 0.1,
         affine: bool = True, track_running_stats: bool = True, dtype: DTypeLike = np.float32,
         activation: Activation = None, virtual_batch_size: int | None = None,
+        renorm: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             num_features, axis=axis, eps=eps, momentum=momentum, affine=affine,
             track_running_stats=track_running_stats, dtype=dtype, activation=activation,
         )  # fmt: skip
-        self.virtual_batch_size = virtual_batch_size
-        if virtual_batch_size is not None:
-            self.virtual_batch_size = checks.integer("virtual_batch_size", virtual_batch_size, 1)
+        self.virtual_batch_size, self.renorm = virtual_batch_size, renorm
+        self._check_renorm()
 
     fold_into = conversions.fold_into
     from_keras = classmethod(conversions.from_keras)
@@ -137,26 +150,48 @@ class BatchNorm(Norm):
             is of another shape.
         """
         x = self._with_channels(x)
+        constants = self._constants()
+        if constants is not None:
+            return self._forward_by_constants(x, constants, residual, mask)
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         mean, var = self.running_mean, self.running_var
-        if not self.training and mean is not None and var is not None:
-            y, self._cache = functional.inference_with_cache(
-                x, mean, var, gamma, beta, self.axis, self.eps, self.activation, residual, mask
-            )
-            return y
         group = self.virtual_batch_size if self.training else None
         self._refuse_too_few(x, mask, group)
-        y, cache = functional.batch_norm(
-            x, gamma, beta, axis=self.axis, eps=self.eps, activation=self.activation,
-            residual=residual, mask=mask, virtual_batch_size=group,
+        statistics = correction = None  # the minibatch's own
+        if self.training and self.renorm is not None:
+            self._check_renorm()
+            _, statistics = entry.forward(
+                x, None, None, None, self.axis, self.eps, None, None, mask, None, None, False
+            )
+            correction = r, d = self._correction(statistics, self.renorm)
+            gamma, beta = (r, d) if gamma is None else (gamma * r, gamma * d + beta)
+        y, cache = entry.forward(
+            x, statistics, gamma, beta, self.axis, self.eps, self.activation, residual, mask,
+            group, None, self._may_go_back(),
         )  # fmt: skip
         if self.training and self._seen is not None:
             self._seen.append(cache.moments)
         elif self.training and mean is not None and var is not None:
             functional.update_running(cache, mean, var, self._weight())
             self.num_batches_tracked += 1
-        self._cache = cache
+        self._keep(cache, correction)
         return y
+
+    def _check_renorm(self) -> None:
+        """Refuse renorm together with what it cannot go with."""
+        if self.renorm is not None and self.virtual_batch_size is not None:
+            raise ValueError("renorm: expected None where there is a virtual_batch_size")
+        if self.renorm is not None and (self.running_mean is None or self.running_var is None):
+            raise ValueError("renorm: expected None where there are no running statistics")
+
+    def _correction(self, of: Cache | Moments, limits: tuple[float, float]) -> tuple[Array, Array]:
+        """Return r and d of batch renormalisation, float64, shape (C,)."""
+        r_max, d_max = limits
+        with np.errstate(divide="ignore", invalid="ignore"):  # eps may be 0
+            std = np.sqrt(self.running_var + self.eps)
+            r = np.sqrt(of.var + self.eps) / std
+            d = (of.mean - self.running_mean) / std
+        return np.clip(r, 1 / r_max, r_max), np.clip(d, -d_max, d_max)
 
     def _refuse_too_few(self, x: Array, mask: ArrayLike | None, group: int | None) -> None:
         """Refuse a minibatch in which a channel, in some group, has less than two values."""
@@ -174,5 +209,6 @@ class BatchNorm(Norm):
             words = "more than one value per channel to take statistics of"
             raise ValueError(f"x: expected {words}, got shape {x.shape}{why}")
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, virtual_batch_size={self.virtual_batch_size})"
+    def _options(self) -> str:
+        renorm = "" if self.renorm is None else f", renorm={self.renorm}"
+        return f"{super()._options()}, virtual_batch_size={self.virtual_batch_size}{renorm}"

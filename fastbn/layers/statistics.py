@@ -48,7 +48,9 @@ def update_statistics(
     """
     layers = list(checks.iterator("layers", layers))
     batches = checks.iterator("batches", batches)
-    norms = [n for n in layers if isinstance(n, BatchNorm) and n.track_running_stats]
+    norms = [
+        n for n in layers if isinstance(n, BatchNorm) and n.track_running_stats and not n.frozen
+    ]
     if not norms:
         raise ValueError("layers: expected a BatchNorm with running statistics, got none")
 
@@ -57,7 +59,7 @@ def update_statistics(
             batch = layer(batch) if callable(layer) else layer.forward(batch)
 
     keeping = [n for n in layers if isinstance(n, Norm)]  # no other norm must move either
-    before = [(norm.training, norm._cache, norm._seen) for norm in keeping]
+    before = [(norm.training, norm._keeps, norm._pass, norm._seen) for norm in keeping]
     try:
         for norm in keeping:
             norm._seen = []
@@ -67,7 +69,7 @@ def update_statistics(
         seen = [norm._seen or [] for norm in norms]
     finally:
         for norm, state in zip(keeping, before, strict=True):
-            norm.training, norm._cache, norm._seen = state
+            norm.training, norm._keeps, norm._pass, norm._seen = state
     if not all(seen):
         words = "one or more that go through every BatchNorm in layers"
         got = f"{[len(moments) for moments in seen]} for the {len(norms)} of them"

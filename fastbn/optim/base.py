@@ -114,6 +114,7 @@ class Optimizer(ABC):
     def _step(self, parameters: list[Parameter], layers: tuple[Layer, ...]) -> None:
         if self.stepping:
             raise RuntimeError("step: called from inside a step, by a hook")
+        parameters = [q for q in parameters if not q.is_frozen()]
         arrays = [q.fetch() for q in parameters]
         self.stepping = layers
         try:
