@@ -171,6 +171,18 @@ def mapping(name: str, value: Any) -> Mapping[Any, Any]:
     return value
 
 
+def communicator(name: str, value: Any, *methods: str) -> Any:
+    """Return a communicator as it is: it has a rank, a size and these methods."""
+    needed = ("rank", "size", "Allgather", *methods)
+    lacking = [each for each in needed if not hasattr(value, each)]
+    if lacking:
+        raise TypeError(
+            f"{name}: expected a communicator of mpi4py, or an object with {', '.join(needed)}, "
+            f"got {type(value).__name__} without {', '.join(lacking)}"
+        )
+    return value
+
+
 def state(value: Any, expected: Collection[str], words: str) -> None:
     """Refuse a state that has not just the entries expected; `words` says which they are."""
     found, wanted = set(mapping("state", value)), set(expected)

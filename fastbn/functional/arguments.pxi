@@ -166,8 +166,8 @@ cdef cnp.ndarray copy_parameter(Cache cache, object value, str name, int which, 
 cdef bint copy_statistics(Cache cache, object statistics) except -1:
     """Copy given statistics.
 
-    They are (mean, var), which are constants, or Moments of more than x, or those of another cache
-    of x, in one group.
+    They are (mean, var), which are constants, or Moments of more than x (or what makes these of
+    the Moments of x), or those of another cache of x, in one group.
     """
     cdef Py_ssize_t c
     if type(statistics) is Cache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -12,9 +12,11 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import checks, functional
 from fastbn.hooks import Handle, HookList
+from fastbn.layers.collective import exchange
 
 if TYPE_CHECKING:
     from fastbn.functional import Activation, Cache, Moments
+    from fastbn.layers.collective import Communicator
 
 Array = NDArray[Any]
 
@@ -51,6 +53,7 @@ class Pass(NamedTuple):
     cache: Cache
     # With renorm r and d: gamma was multiplied by r, and gamma * d added to beta.
     correction: tuple[Array, Array] | None = None
+    comm: Communicator | None = None  # with whose ranks the minibatch was shared
 
 
 class Norm(ABC):
@@ -210,9 +213,9 @@ class Norm(ABC):
     def _may_go_back(self) -> bool:
         return self.training or self._keeps
 
-    def _keep(self, cache: Cache, correction: tuple[Array, Array] | None = None) -> None:
-        """Keep what `backward` needs, if it may follow."""
-        self._pass = Pass(cache, correction) if self._may_go_back() else None
+    def _keep(self, *what: Any) -> None:
+        """Keep what `backward` needs, the values of a `Pass`, if it may follow."""
+        self._pass = Pass(*what) if self._may_go_back() else None
 
     def backward(self, dy: ArrayLike) -> Any:
         """Take the gradient of the loss back through the last `forward`.
@@ -242,11 +245,19 @@ class Norm(ABC):
         if self._pass is None:
             why = "" if self._may_go_back() else ", the layer keeps none in eval(backward=False)"
             raise RuntimeError(f"backward: there was no forward pass to go back through{why}")
-        cache, correction = self._pass
-        for name, grad in self.grads.items():
-            if grad is not None:
-                self._check_target(f"grads[{name!r}]", grad)
-        dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(dy, cache)
+        cache, correction, comm = self._pass
+        if comm is None:
+            self._check_grads()
+            dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(dy, cache)
+        else:
+            with exchange(comm, 2 * self.num_features) as gather:
+                self._check_grads()
+                dgamma, dbeta = functional.batch_norm_backward_reduce(dy, cache)
+                rows = gather(np.concatenate([dgamma, dbeta]))
+            # One after the other: how np.sum adds depends on the machine.
+            sums = np.split(reduce(np.add, rows), 2)
+            result = functional.batch_norm_backward_apply(dy, cache, *sums)
+            dx, *dresidual = result if isinstance(result, tuple) else (result,)
         if correction is not None:
             # y = (gamma * r) * z_hat + (gamma * d + beta), so far differentiated by the brackets
             r, d = correction
@@ -257,6 +268,11 @@ class Norm(ABC):
             self.grads[name][...] = 0 if name in self.frozen_params else values
         self._grad_hooks.run(self)
         return (dx, *dresidual) if dresidual else dx
+
+    def _check_grads(self) -> None:
+        for name, grad in self.grads.items():
+            if grad is not None:
+                self._check_target(f"grads[{name!r}]", grad)
 
     def register_grad_hook(self, hook: Callable[[Self], object]) -> Handle:
         """Have `hook(layer)` called at the end of each `backward`, after `grads` are filled.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import checks, functional
 from fastbn.functional import entry
+from fastbn.functional.parts import merge_packed, packed
 from fastbn.layers import conversions
 from fastbn.layers.base import Array, Norm, checked_or_none
+from fastbn.layers.collective import Communicator, Gather, exchange
 
 if TYPE_CHECKING:
     from fastbn.functional import Activation, Cache, Moments
@@ -60,6 +62,12 @@ class BatchNorm(Norm):
         In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
         The running statistics are those of the whole minibatch all the same.
 
+    comm : communicator or None
+        Of mpi4py, or any object with `rank`, `size` and ``Allgather(send, recv)``. The minibatch is
+        then that of all its ranks: in training each sends the moments of its part to all others,
+        and in backward its sums, and all merge them in the order of ranks, to the same bits. Parts
+        may be uneven or empty. See Notes. A copy of the layer has None.
+
     Attributes
     ----------
     params, grads : dict of str to ndarray
@@ -79,6 +87,12 @@ class BatchNorm(Norm):
 
     Notes
     -----
+    With `comm` all ranks call `forward` in training, and then `backward`, of the same layers in the
+    same order; dy is the gradient of one loss, the same for all ranks. dgamma and dbeta are
+    those of this rank's part alone: their sum over the ranks is the gradient, as with the
+    parameters of any layer. What a rank cannot do (a wrong shape, say) raises on all ranks, and
+    names the rank.
+
     Different layers can be used from different threads; one layer is for one thread at a time.
     A copy (`copy.deepcopy`, pickle) has the state but neither the hooks nor the minibatch that
     `backward` would go back through.
@@ -102,19 +116,21 @@ class BatchNorm(Norm):
     renorm: tuple[float, float] | None = checked_or_none(
         partial(checks.hyper_parameter, rule=LIMITS)
     )
+    comm: Communicator | None = checked_or_none(checks.communicator)
 
     def __init__(
         self, num_features: int, *, axis: int = 1, eps: float = 1e-5, momentum: float | None = 0.1,
         affine: bool = True, track_running_stats: bool = True, dtype: DTypeLike = np.float32,
         activation: Activation = None, virtual_batch_size: int | None = None,
-        renorm: tuple[float, float] | None = None,
+        renorm: tuple[float, float] | None = None, comm: Communicator | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             num_features, axis=axis, eps=eps, momentum=momentum, affine=affine,
             track_running_stats=track_running_stats, dtype=dtype, activation=activation,
         )  # fmt: skip
-        self.virtual_batch_size, self.renorm = virtual_batch_size, renorm
+        self.virtual_batch_size, self.renorm, self.comm = virtual_batch_size, renorm, comm
         self._check_renorm()
+        self._check_comm()
 
     fold_into = conversions.fold_into
     from_keras = classmethod(conversions.from_keras)
@@ -149,6 +165,17 @@ class BatchNorm(Norm):
             a group of `virtual_batch_size` examples, or left by the mask), or if residual or mask
             is of another shape.
         """
+        if self.comm is None or not self.training or self.frozen:
+            return self._forward(x, residual, mask)
+        with exchange(self.comm, 3 * self.num_features + 1) as gather:
+            self._check_comm()
+            return self._forward(x, residual, mask, gather)
+
+    def _forward(
+        self, x: ArrayLike, residual: ArrayLike | None, mask: ArrayLike | None,
+        gather: Gather | None = None,
+    ) -> Array:  # fmt: skip
+        """Do as `forward`; with `gather` the minibatch is that of all ranks."""
         x = self._with_channels(x)
         constants = self._constants()
         if constants is not None:
@@ -156,13 +183,18 @@ class BatchNorm(Norm):
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         mean, var = self.running_mean, self.running_var
         group = self.virtual_batch_size if self.training else None
-        self._refuse_too_few(x, mask, group)
-        statistics = correction = None  # the minibatch's own
+        statistics: Any = None  # the minibatch's own
+        if gather is not None:
+            statistics = partial(self._merged, gather)
+        else:
+            self._refuse_too_few(x, mask, group)
+        correction = None
         if self.training and self.renorm is not None:
             self._check_renorm()
             _, statistics = entry.forward(
-                x, None, None, None, self.axis, self.eps, None, None, mask, None, None, False
-            )
+                x, statistics, None, None, self.axis, self.eps, None, residual, mask, None, None,
+                False,
+            )  # fmt: skip
             correction = r, d = self._correction(statistics, self.renorm)
             gamma, beta = (r, d) if gamma is None else (gamma * r, gamma * d + beta)
         y, cache = entry.forward(
@@ -170,12 +202,29 @@ class BatchNorm(Norm):
             group, None, self._may_go_back(),
         )  # fmt: skip
         if self.training and self._seen is not None:
-            self._seen.append(cache.moments)
+            if gather is None:
+                self._seen.append(cache.moments)
         elif self.training and mean is not None and var is not None:
             functional.update_running(cache, mean, var, self._weight())
             self.num_batches_tracked += 1
-        self._keep(cache, correction)
+        self._keep(cache, correction, None if gather is None else self.comm)
         return y
+
+    def _merged(self, gather: Gather, own: Moments) -> Moments:
+        """Return the moments of all ranks, merged in their order; all get the same bits."""
+        if self._seen is not None:
+            self._seen.append(own)
+        moments = merge_packed(gather(packed(own)))
+        if moments.count < 2:
+            words = "more than one value per channel on all ranks together"
+            raise ValueError(f"x: expected {words}, got {moments.count}")
+        return moments
+
+    def _check_comm(self) -> None:
+        """Refuse a communicator together with what it cannot go with."""
+        size = self.virtual_batch_size
+        if self.comm is not None and size is not None:
+            raise ValueError(f"virtual_batch_size: expected None where there is a comm, got {size}")
 
     def _check_renorm(self) -> None:
         """Refuse renorm together with what it cannot go with."""
@@ -211,4 +260,8 @@ class BatchNorm(Norm):
 
     def _options(self) -> str:
         renorm = "" if self.renorm is None else f", renorm={self.renorm}"
-        return f"{super()._options()}, virtual_batch_size={self.virtual_batch_size}{renorm}"
+        comm = "" if self.comm is None else f", comm=<rank {self.comm.rank} of {self.comm.size}>"
+        return f"{super()._options()}, virtual_batch_size={self.virtual_batch_size}{renorm}{comm}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "comm": None}
