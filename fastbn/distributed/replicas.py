@@ -39,6 +39,9 @@ def broadcast(layers: Iterable[Any], comm: Any, root: int = 0) -> None:
         layers = list(checks.iterator("layers", layers))
         states = [dict(layer.state_dict()) for layer in layers]
         entries = [(state, key, np.asarray(state[key])) for state in states for key in state]
+        for _, key, array in entries:
+            if array.dtype.hasobject:
+                raise TypeError(f"{key}: expected numbers, got {array.dtype}")
         told = [(key, array.dtype.str, array.shape) for _, key, array in entries]
         rows = gather(np.array([len(entries), zlib.crc32(repr(told).encode())], np.float64))
     other = np.flatnonzero((rows != rows[root]).any(axis=1)).tolist()

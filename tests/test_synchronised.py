@@ -1,0 +1,282 @@
+"""BatchNorm(comm=): a minibatch whose parts lie on several ranks."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from ranks import on_ranks
+from support import assert_close
+
+import fastbn
+from fastbn import BatchNorm
+
+CUTS = {1: [[]], 2: [[5], [0], [12]], 3: [[2, 3], [0, 0], [7, 12]], 8: [[1, 3, 3, 4, 8, 9, 9]]}
+PARTS = [(size, cuts) for size, each in CUTS.items() for cuts in each]
+LAYOUTS = {"NCHW": ((12, 5, 4, 4), 1), "NHWC": ((12, 4, 4, 5), -1), "NC": ((12, 5), 1)}
+
+
+def case(layout, seed=0):
+    shape, axis = LAYOUTS[layout]
+    rng = np.random.default_rng(seed)
+    x = (1e4 + rng.standard_normal(shape)).astype(np.float32)
+    dy, residual = rng.standard_normal((2, *shape)).astype(np.float32)
+    mask = rng.random(np.delete(shape, axis)) < 0.7
+    return x, dy, residual, mask, axis
+
+
+def trained(x, dy, residual, mask, axis, **options):
+    """Return results, gradients and running statistics of a layer after two steps."""
+    bn = BatchNorm(5, axis=axis, **options)
+    bn.gamma, bn.beta = np.arange(1.0, 6), np.arange(5.0)
+    for _ in range(2):
+        y = bn(x, residual, mask)
+        dx = bn.backward(dy)
+    dx, dresidual = dx if residual is not None else (dx, None)
+    state = bn.running_mean, bn.running_var, np.array(bn.num_batches_tracked)
+    return (y, dx, dresidual), (bn.grads["gamma"], bn.grads["beta"]), state
+
+
+@pytest.mark.parametrize("fused", ["plain", "residual", "mask", "renorm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("size", "cuts"), PARTS, ids=str)
+def test_all_ranks_together_are_one_process(size, cuts, layout, fused):
+    x, dy, residual, mask, axis = case(layout)
+    residual = residual if fused == "residual" else None
+    mask = mask if fused == "mask" else None
+    options = {"activation": "relu"} if fused == "residual" else {}
+    options |= {"renorm": (1.5, 0.5)} if fused == "renorm" else {}
+    whole, grads, state = trained(x, dy, residual, mask, axis, **options)
+
+    def of_rank(comm):
+        parts = [
+            None if each is None else np.split(each, cuts)[comm.rank]
+            for each in (x, dy, residual, mask)
+        ]
+        found = trained(*parts, axis, comm=comm, **options)
+        assert comm.messages == 4  # one each way, two steps
+        return found
+
+    ranks = on_ranks(size, of_rank)
+    for each, wanted in enumerate(whole):
+        if wanted is not None:
+            found = np.concatenate([results[each] for results, *_ in ranks])
+            assert np.abs(found - wanted).max() <= 1e-6 * max(1, np.abs(wanted).max())
+            assert_close(found, wanted.astype(np.float64), np.float32)
+    for each, wanted in enumerate(grads):
+        found = np.sum([own[each] for _, own, _ in ranks], axis=0, dtype=np.float64)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+    for *_, found in ranks:
+        for own, first, wanted in zip(found, ranks[0][2], state, strict=True):
+            np.testing.assert_array_equal(own, first)  # the same bits on every rank
+            np.testing.assert_allclose(own, wanted, rtol=1e-13)
+
+
+def test_gradients_are_those_of_finite_differences(rng):
+    x, dy = rng.standard_normal((2, 9, 2))
+
+    def loss(x, comm):
+        bn = BatchNorm(2, dtype=np.float64, comm=comm)
+        y = bn(np.split(x, [4, 4])[comm.rank])
+        part = np.split(dy, [4, 4])[comm.rank]
+        return (y * part).sum(), bn.backward(part)
+
+    dx = np.concatenate([each for _, each in on_ranks(3, lambda comm: loss(x, comm))])
+    for at in [(0, 0), (3, 1), (8, 0)]:
+        values = []
+        for h in (1e-6, -1e-6):
+            moved = x.copy()
+            moved[at] += h
+            values.append(sum(each for each, _ in on_ranks(3, lambda comm: loss(moved, comm))))
+        np.testing.assert_allclose(dx[at], (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-8)
+
+
+def bad_inputs(x):
+    other = [
+        ((x[:, :3],), "x: expected 5 channels"),
+        (("text",), "TypeError: x: expected"),
+        ((x, x[:-1]), "residual: expected shape"),
+        ((x, x.astype(np.float64)), "TypeError: residual: expected dtype"),
+        ((x, None, np.ones(3, bool)), "mask: expected shape"),
+        ((x, None, np.ones(len(x), int)), "TypeError: mask: expected bool"),
+    ]
+    return other
+
+
+@pytest.mark.parametrize("renorm", [None, (3, 5)])
+@pytest.mark.parametrize("which", range(6))
+def test_bad_input_on_one_rank_raises_on_all_and_names_the_rank(which, renorm, rng):
+    x = rng.standard_normal((8, 5)).astype(np.float32)
+    arguments, message = bad_inputs(x)[which]
+
+    def of_rank(comm):
+        bn = BatchNorm(5, comm=comm, renorm=renorm)
+        before = bn.state_dict()
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+            bn(*(arguments if comm.rank == 1 else (x,)))
+        for key, value in bn.state_dict().items():
+            np.testing.assert_array_equal(value, before[key])
+        assert bn(x).shape == x.shape  # the ranks are still together
+        return caught.value
+
+    first, bad, last = on_ranks(3, of_rank)
+    assert message.split(": ", message.startswith("TypeError"))[-1] in str(bad)
+    assert bad.__notes__ == ["on rank 1 of 3; the other ranks raise as well"]
+    for error in (first, last):
+        assert type(error) is RuntimeError
+        assert str(error).startswith(f"rank 1 of 3: {type(bad).__name__}: ")
+        assert message in str(error)
+
+
+def test_what_fails_on_several_ranks_is_told_of_all(rng):
+    x = rng.standard_normal((8, 5))
+    errors = on_ranks(3, lambda comm: BatchNorm(5 + 0 * comm.rank, comm=comm)(x[:, comm.rank :]))
+    assert str(errors[0]) == (
+        "rank 1 of 3: ValueError: x: expected 5 channels on axis 1, got shape (8, 4); "
+        "rank 2 of 3: ValueError: x: expected 5 channels on axis 1, got shape (8, 3)"
+    )
+    assert [type(error) for error in errors] == [RuntimeError, ValueError, ValueError]
+
+
+def test_a_long_text_is_cut():
+    def of_rank(comm):
+        def forward(x):
+            raise OSError("ü" * 2000)
+
+        bn = BatchNorm(1)
+        fastbn.update_statistics([bn], [np.ones((2, 1))], forward if comm.rank else None, comm=comm)
+
+    first, _ = on_ranks(2, of_rank)
+    assert str(first).startswith("rank 1 of 2: OSError: üüü")
+    assert len(str(first)) < 1100
+
+
+def test_bad_dy_on_one_rank_raises_on_all(rng):
+    x = rng.standard_normal((8, 5))
+
+    def of_rank(comm):
+        bn = BatchNorm(5, dtype=np.float64, comm=comm)
+        y = bn(x)
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            bn.backward(y[: 8 - comm.rank])
+        assert not bn.grads["gamma"].any()
+        bn.backward(y)
+        return str(caught.value)
+
+    first, bad = on_ranks(2, of_rank)
+    assert first == f"rank 1 of 2: ValueError: {bad}"
+    assert bad.startswith("dy: expected shape (8, 5)")
+
+
+def test_one_value_on_all_ranks_together_is_too_few():
+    errors = on_ranks(3, lambda comm: BatchNorm(2, comm=comm)(np.ones((comm.rank == 1, 2))))
+    for error in errors:
+        assert type(error) is ValueError
+        assert str(error).startswith("x: expected more than one value per channel on all ranks")
+
+
+def test_one_value_a_rank_is_enough():
+    y = on_ranks(2, lambda comm: BatchNorm(1, eps=0, comm=comm)(np.array([[2.0 * comm.rank]])))
+    np.testing.assert_array_equal(y, [[[-1]], [[1]]])
+
+
+def test_evaluation_and_frozen_layers_send_nothing(rng):
+    def of_rank(comm):
+        x = rng.standard_normal((4, 2))
+        for bn in (BatchNorm(2, comm=comm).eval(), BatchNorm(2, comm=comm).freeze()):
+            bn.backward(bn(x))
+        BatchNorm(2, track_running_stats=False, comm=comm).eval()(x)
+        return comm.messages
+
+    assert on_ranks(2, of_rank) == [0, 0]
+
+
+def test_backward_goes_by_the_forward_pass_whatever_comm_is_now(rng):
+    def of_rank(comm):
+        bn = BatchNorm(2, comm=comm)
+        y = bn(rng.standard_normal((4, 2)))
+        bn.comm = None
+        bn.backward(y)
+        return comm.messages
+
+    assert on_ranks(1, of_rank) == [2]
+
+
+def test_copies_leave_the_communicator_out(rng):
+    x = rng.standard_normal((6, 2))
+
+    def of_rank(comm):
+        bn = BatchNorm(2, comm=comm)
+        bn(x)
+        for twin in (copy.deepcopy(bn), copy.copy(bn), pickle.loads(pickle.dumps(bn))):
+            assert twin.comm is None
+            np.testing.assert_array_equal(twin.running_mean, bn.running_mean)
+        return repr(bn)
+
+    assert on_ranks(1, of_rank)[0].endswith("virtual_batch_size=None, comm=<rank 0 of 1>)")
+
+
+def test_virtual_batches_are_refused(rng):
+    def of_rank(comm):
+        with pytest.raises(ValueError, match="virtual_batch_size: expected None where there is a"):
+            BatchNorm(2, virtual_batch_size=4, comm=comm)
+        bn = BatchNorm(2, comm=comm)
+        if comm.rank:
+            bn.virtual_batch_size = 4
+        bn(rng.standard_normal((8, 2)))
+
+    first, bad = on_ranks(2, of_rank)
+    assert "rank 1 of 2: ValueError: virtual_batch_size: expected None" in str(first)
+    assert type(bad) is ValueError
+
+
+def test_what_is_no_communicator_is_refused():
+    message = "comm: expected a communicator of mpi4py, or an object with rank, size, Allgather, got"
+    with pytest.raises(TypeError, match=f"{message} str without rank, size, Allgather"):
+        BatchNorm(2, comm="world")
+    bn = BatchNorm(2)
+    with pytest.raises(TypeError, match=message):
+        bn.comm = 1
+    with pytest.raises(TypeError, match=message):
+        fastbn.update_statistics([bn], [np.ones((2, 2))], comm=1)
+
+
+@pytest.mark.parametrize("synchronised", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_exact_statistics_over_the_batches_of_all_ranks(synchronised, given, rng):
+    if not (synchronised or given):
+        pytest.skip("without a communicator there is one rank")
+    batches = 1e4 + rng.standard_normal((6, 12, 5)).astype(np.float32)
+    whole = BatchNorm(5)
+    fastbn.update_statistics([whole], list(batches))
+
+    def of_rank(comm):
+        bn = BatchNorm(5, comm=comm if synchronised else None)
+        if synchronised:  # each minibatch in parts, one empty
+            mine = [np.split(batch, [5, 5])[comm.rank] for batch in batches]
+        else:  # whole minibatches, none on the last rank
+            mine = [batches[:2], batches[2:], []][comm.rank]
+        fastbn.update_statistics([bn], mine, comm=comm if given else None)
+        return bn.running_mean, bn.running_var, bn.num_batches_tracked
+
+    ranks = on_ranks(3, of_rank)
+    for mean, var, count in ranks:
+        assert count == 6
+        np.testing.assert_array_equal(mean, ranks[0][0])
+        np.testing.assert_array_equal(var, ranks[0][1])
+        np.testing.assert_allclose(mean, whole.running_mean, rtol=1e-15)
+        np.testing.assert_allclose(var, whole.running_var, rtol=1e-13)
+
+
+def test_exact_statistics_that_fail_on_one_rank_fail_on_all():
+    def of_rank(comm):
+        bn = BatchNorm(2)
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            fastbn.update_statistics([bn], [np.ones((2 + comm.rank, 2 + comm.rank))], comm=comm)
+        assert bn.num_batches_tracked == 0
+        with pytest.raises(ValueError, match=r"batches: expected one or more .* got \[0\] for"):
+            fastbn.update_statistics([bn], [], comm=comm)
+        return str(caught.value)
+
+    first, bad = on_ranks(2, of_rank)
+    assert first == f"rank 1 of 2: ValueError: {bad}"
