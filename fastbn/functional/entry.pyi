@@ -21,11 +21,7 @@ class Cache:
 
 def forward(
     x: ArrayLike,
-    statistics: Cache
-    | Moments
-    | Callable[[Moments], Moments]
-    | tuple[ArrayLike, ArrayLike]
-    | None,
+    statistics: Cache | Moments | Callable[[Moments], Moments] | tuple[ArrayLike, ArrayLike] | None,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     axis: int,
