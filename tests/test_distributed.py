@@ -1,5 +1,6 @@
 """fastbn.distributed: gradients averaged over ranks, replicas, parts of the examples."""
 
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,7 +199,7 @@ def test_broadcast_refuses_other_layers_and_changes_nothing():
         bn = fastbn.BatchNorm(3 + (comm.rank == 1))
         bn.gamma = np.full(bn.num_features, comm.rank)
         with pytest.raises(
-            ValueError, match=r"layers: expected those of rank 2 on all, got others"
+            ValueError, match="layers: expected those of rank 2 on all, got others"
         ):
             broadcast([bn], comm, 2)
         return bn.gamma[0]
@@ -215,7 +216,7 @@ def test_broadcast_refuses_other_layers_and_changes_nothing():
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_parts_are_all_examples_in_order(n, size):
     parts = [list(range(n))[split(n, SimpleNamespace(rank=r, size=size))] for r in range(size)]
-    assert sum(parts, []) == list(range(n))
+    assert list(chain(*parts)) == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

@@ -50,8 +50,8 @@ def ranks(mpi: bool) -> Iterator[Any]:
     started = max(int(os.environ.get(name, 1)) for name in TOLD)
     if started > 1 and comm.size == 1:
         raise DemoError(
-            f"--mpi: expected mpiexec of the MPI that mpi4py uses, got one whose {started} processes"
-            " do not find each other"
+            f"--mpi: expected the mpiexec of the MPI that mpi4py uses, got one of another, whose"
+            f" {started} processes do not find each other"
         )
     failures = comm.Dup()  # its messages do not mix with those of the training
     try:
