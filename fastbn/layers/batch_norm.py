@@ -59,9 +59,21 @@ class BatchNorm(Norm):
     virtual_batch_size : int or None
         In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
         The running statistics are those of the whole minibatch all the same.
+    renorm : None or (r_max, d_max)
+        Batch renormalisation [2]_, for small minibatches. Training takes
+        ``y = gamma * (r * (x - mean) / sqrt(var + eps) + d) + beta`` with the constants::
+
+            r = clip(sqrt(var + eps) / sqrt(running_var + eps), 1 / r_max, r_max)
+            d = clip((mean - running_mean) / sqrt(running_var + eps), -d_max, d_max)
+
+        Within the limits y is what evaluation gives. (1, 0) is batch norm; the paper starts with
+        it, and widens the limits to (3, 5) while it trains. The running statistics, which start at
+        0 and 1, need that time.
 
     Attributes
     ----------
+    num_features, axis, eps, momentum, dtype, activation, virtual_batch_size, renorm
+        The arguments. They are checked when they are set, too.
     params, grads : dict of str to ndarray
         The parameters "gamma" and "beta", shape (C,), and their gradients, under the same keys;
         empty if not affine. Optimizers change the arrays in place.
@@ -71,6 +83,8 @@ class BatchNorm(Norm):
         How many minibatches the running statistics have seen.
     training : bool
         Which of the two modes the layer is in.
+    frozen, frozen_params : bool, tuple of str
+        Whether `freeze` keeps the running statistics, and which parameters.
 
     Raises
     ------
@@ -87,6 +101,8 @@ class BatchNorm(Norm):
     ----------
     .. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
        Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167
+    .. [2] S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+       Batch-Normalized Models", NIPS 2017, https://arxiv.org/abs/1702.03275
 
     Examples
     --------
@@ -147,7 +163,8 @@ class BatchNorm(Norm):
         ValueError
             If x has another number of channels, or in training one value per channel or none (in
             a group of `virtual_batch_size` examples, or left by the mask), or if residual or mask
-            is of another shape.
+            is of another shape, or if `renorm` is set beside `virtual_batch_size`, or without
+            running statistics.
         """
         x = self._with_channels(x)
         constants = self._constants()
