@@ -174,7 +174,7 @@ def _starts(entry: str) -> Iterable[str]:
 def _tensor(entry: str, value: Any) -> NDArray[Any]:
     """Return an array as safetensors takes it: in C order, in this machine's byte order."""
     array = checks.array(entry, value)
-    if not (array.dtype.kind in "biuf" and array.itemsize <= 8 or array.dtype.name == "bfloat16"):
+    if array.dtype.kind not in "biu" and not checks.is_float(array.dtype):
         words = "booleans, integers, float16, bfloat16, float32 or float64"
         raise TypeError(f"{entry}: expected {words}, got {array.dtype}")
     return np.asarray(array, array.dtype.newbyteorder("="), order="C")

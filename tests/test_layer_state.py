@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 from layer_cases import assert_unchanged, snapshot
-
 from support import BFLOAT16
 
 from fastbn import BatchNorm, InstanceNorm

@@ -114,8 +114,7 @@ def test_gradients_are_those_of_finite_differences(rng, shape, axis, renorm):
 def test_without_a_correction_the_bits_are_those_of_batch_norm(rng, shape, axis, activation, dtype):
     x, residual, dy = (rng.standard_normal((3, *shape)) + 10).astype(dtype)
     renormed, plain = (
-        BatchNorm(3, axis=axis, activation=activation, renorm=renorm)
-        for renorm in ((1, 0), None)
+        BatchNorm(3, axis=axis, activation=activation, renorm=renorm) for renorm in ((1, 0), None)
     )
     for bn in (renormed, plain):
         bn.gamma, bn.beta = [1, -2, 3], [3, 2, 1]
@@ -148,9 +147,7 @@ def test_digits_are_kept_where_the_mean_is_large(variant, rng, mean):
 
 def test_a_mask_is_kept_out_and_without_affine_the_correction_is_all(rng):
     x, mask = rng.standard_normal((6, 9, 3)), rng.random((6, 9)) < 0.5
-    bn, rows = (
-        BatchNorm(3, axis=-1, renorm=(1.5, 0.5), affine=affine) for affine in (False, True)
-    )
+    bn, rows = (BatchNorm(3, axis=-1, renorm=(1.5, 0.5), affine=affine) for affine in (False, True))
     y, wanted = bn(x, mask=mask), rows(x[mask])
     np.testing.assert_array_equal(y[mask], wanted)
     np.testing.assert_array_equal(bn.backward(x)[mask], rows.backward(x[mask]))

@@ -4,8 +4,8 @@ Batch size 4: five ways
 
 Large images, video and long sequences leave room for few examples at a time, and so do many small
 machines. The statistics of four examples are noisy, and the four may be alike. This page trains a
-small convolutional network by five norms that see four images at a time. Two of them stand for eight
-machines, which train on 32 images in each step:
+small convolutional network by five norms that see four images at a time. Two of them stand for
+eight machines, which train on 32 images in each step:
 
 - **batch norm**: the statistics of the four images;
 - **renorm**: batch renormalisation, ``BatchNorm(renorm=(3, 5))``. A correction by the running
@@ -136,15 +136,16 @@ for axes, (title, order) in zip(panels(*ORDERS, sharey=True), ORDERS.items(), st
 # Four at random are enough. In a convolution each image brings many values for a channel, and the
 # five end within a hundredth or so of each other.
 #
-# Four of one digit are not. Batch norm learns to tell a digit by what the four have in common, and in
-# training it is nearly always right. In evaluation there are no other three, and it falls behind
-# all others. Eight machines that do not talk have the same trouble. The three that do not depend on
-# the other images of the minibatch, or see images of all kinds, keep their accuracy: renorm, as
-# what it trains is what it evaluates; instance norm; and the synchronised norm. So:
+# Four of one digit are not. Batch norm removes what the four have in common, and the network learns
+# from what is left; in training it is nearly always right. Evaluation removes what all digits have
+# in common, which is something else, and batch norm falls behind. Eight machines that do not talk
+# have the same trouble. Three ways keep their accuracy: renorm, as what it trains is what it
+# evaluates; instance norm, as it looks at one image; and the synchronised norm, as it sees images
+# of all kinds. So:
 #
 # - are the examples drawn at random, and do they bring many values? Batch norm will do;
 # - are they alike, on one machine? Renorm, or instance norm where contrast has no meaning
-#   (:doc:`plot_10_instance_norm`);
+#   (:doc:`/why/plot_10_instance_norm`);
 # - are they alike on each of several machines? Synchronise.
 
 end = {key: curves[:, -1].mean() for key, curves in accuracies.items()}

@@ -66,7 +66,7 @@ def fold_into(
         given = "this layer was made with track_running_stats=False"
         raise RuntimeError(f"fold_into: expected running statistics, {given}")
     w = checks.array("weight", weight)
-    if not (w.dtype.kind == "f" and w.dtype.itemsize <= 8 or w.dtype.name == "bfloat16"):
+    if not checks.is_float(w.dtype):
         raise TypeError(f"weight: expected float16, bfloat16, float32 or float64, got {w.dtype}")
     axis = checks.integer("axis", axis)
     if not -w.ndim <= axis < w.ndim or w.shape[axis] != bn.num_features:
