@@ -197,7 +197,7 @@ def _checksum(tensors: Mapping[str, NDArray[Any]], values: dict[str, Any]) -> st
         crc = zlib.crc32(f"{entry} {array.dtype.name} {array.shape}".encode(), crc)
         # The file's byte order, whatever that of this machine.
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        crc = zlib.crc32(little.reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(little.reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 

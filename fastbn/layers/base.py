@@ -72,7 +72,7 @@ class Norm(ABC):
         activation: Activation = None,
     ) -> None:  # fmt: skip
         self.num_features, self.axis, self.eps, self.momentum = num_features, axis, eps, momentum
-        self.dtype, self.activation = dtype, activation
+        self.dtype, self.activation = dtype, activation  # type: ignore[assignment]  # see Checked
         self.affine, self.track_running_stats, self.training = affine, track_running_stats, True
         self.params: dict[str, Array] = {}
         if affine:

@@ -175,12 +175,12 @@ class BatchNorm(Norm):
         group = self.virtual_batch_size if self.training else None
         self._refuse_too_few(x, mask, group)
         statistics = correction = None  # the minibatch's own
-        if self.training and self.renorm is not None:
-            self._check_renorm()
+        self._check_renorm()
+        if self.training and self.renorm is not None and mean is not None and var is not None:
             _, statistics = entry.forward(
                 x, None, None, None, self.axis, self.eps, None, None, mask, None, None, False
             )
-            correction = r, d = self._correction(statistics, self.renorm)
+            correction = r, d = self._correction(statistics, mean, var, *self.renorm)
             gamma, beta = (r, d) if gamma is None else (gamma * r, gamma * d + beta)
         y, cache = entry.forward(
             x, statistics, gamma, beta, self.axis, self.eps, self.activation, residual, mask,
@@ -201,13 +201,13 @@ class BatchNorm(Norm):
         if self.renorm is not None and (self.running_mean is None or self.running_var is None):
             raise ValueError("renorm: expected None where there are no running statistics")
 
-    def _correction(self, of: Cache | Moments, limits: tuple[float, float]) -> tuple[Array, Array]:
+    def _correction(
+        self, of: Cache | Moments, mean: Array, var: Array, r_max: float, d_max: float
+    ) -> tuple[Array, Array]:
         """Return r and d of batch renormalisation, float64, shape (C,)."""
-        r_max, d_max = limits
         with np.errstate(divide="ignore", invalid="ignore"):  # eps may be 0
-            std = np.sqrt(self.running_var + self.eps)
-            r = np.sqrt(of.var + self.eps) / std
-            d = (of.mean - self.running_mean) / std
+            std = np.sqrt(var + self.eps)
+            r, d = np.sqrt(of.var + self.eps) / std, (of.mean - mean) / std
         return np.clip(r, 1 / r_max, r_max), np.clip(d, -d_max, d_max)
 
     def _refuse_too_few(self, x: Array, mask: ArrayLike | None, group: int | None) -> None:
