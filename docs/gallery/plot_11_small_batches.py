@@ -127,14 +127,13 @@ for axes, (title, order) in zip(panels(*ORDERS, sharey=True), ORDERS.items(), st
         )
     axes.set(xlabel="epoch", ylim=(0.88, 1))
     axes.set_xticks(range(1, EPOCHS + 1))
-    axes.set_title(title)
     if title == "four at random":
         axes.set_ylabel("held-out accuracy")
         axes.legend(loc="lower right")
 
 # %%
 # Four at random are enough. In a convolution each image brings many values for a channel, and the
-# five end within a hundredth or so of each other.
+# five end within two hundredths of each other.
 #
 # Four of one digit are not. Batch norm removes what the four have in common, and the network learns
 # from what is left; in training it is nearly always right. Evaluation removes what all digits have

@@ -243,20 +243,25 @@ class Norm(ABC):
             why = "" if self._may_go_back() else ", the layer keeps none in eval(backward=False)"
             raise RuntimeError(f"backward: there was no forward pass to go back through{why}")
         cache, correction = self._pass
-        for name, grad in self.grads.items():
-            if grad is not None:
-                self._check_target(f"grads[{name!r}]", grad)
+        self._check_grads()
         dx, dgamma, dbeta, *dresidual = functional.batch_norm_backward(dy, cache)
         if correction is not None:
             # y = (gamma * r) * z_hat + (gamma * d + beta), so far differentiated by the brackets
             r, d = correction
             dgamma = r * dgamma + d * dbeta
-        for name, values in zip(self.params, (dgamma, dbeta), strict=False):
-            if self.grads.get(name) is None:
-                self.grads[name] = np.zeros_like(self.params[name])
-            self.grads[name][...] = 0 if name in self.frozen_params else values
+        for name, values in (("gamma", dgamma), ("beta", dbeta)):
+            if name in self.params:
+                if self.grads.get(name) is None:
+                    self.grads[name] = np.zeros_like(self.params[name])
+                self.grads[name][...] = 0 if name in self.frozen_params else values
         self._grad_hooks.run(self)
         return (dx, *dresidual) if dresidual else dx
+
+    def _check_grads(self) -> None:
+        """Refuse what a user has put into `grads` that cannot take a gradient."""
+        for name in self.params:
+            if (grad := self.grads.get(name)) is not None:
+                self._check_target(f"grads[{name!r}]", grad)
 
     def register_grad_hook(self, hook: Callable[[Self], object]) -> Handle:
         """Have `hook(layer)` called at the end of each `backward`, after `grads` are filled.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -181,7 +181,8 @@ class BatchNorm(Norm):
                 x, None, None, None, self.axis, self.eps, None, None, mask, None, None, False
             )
             correction = r, d = self._correction(statistics, mean, var, *self.renorm)
-            gamma, beta = (r, d) if gamma is None else (gamma * r, gamma * d + beta)
+            scale: Any = 1.0 if gamma is None else gamma
+            gamma, beta = scale * r, scale * d + (0.0 if beta is None else beta)
         y, cache = entry.forward(
             x, statistics, gamma, beta, self.axis, self.eps, self.activation, residual, mask,
             group, None, self._may_go_back(),
