@@ -174,7 +174,7 @@ def _starts(entry: str) -> Iterable[str]:
 def _tensor(entry: str, value: Any) -> NDArray[Any]:
     """Return an array as safetensors takes it: in C order, in this machine's byte order."""
     array = checks.array(entry, value)
-    if not ((array.dtype.kind in "biuf" and array.itemsize <= 8) or array.dtype.name == "bfloat16"):
+    if array.dtype.kind not in "biu" and not checks.is_float(array.dtype):
         words = "booleans, integers, float16, bfloat16, float32 or float64"
         raise TypeError(f"{entry}: expected {words}, got {array.dtype}")
     return np.asarray(array, array.dtype.newbyteorder("="), order="C")
@@ -197,7 +197,7 @@ def _checksum(tensors: Mapping[str, NDArray[Any]], values: dict[str, Any]) -> st
         crc = zlib.crc32(f"{entry} {array.dtype.name} {array.shape}".encode(), crc)
         # The file's byte order, whatever that of this machine.
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        crc = zlib.crc32(little.reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(little.reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 

@@ -125,10 +125,15 @@ def array(name: str, value: ArrayLike, of: str = "numbers") -> Array:
         raise ValueError(f"{name}: expected an array_like of {of}, got {error}") from None
 
 
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Return whether a dtype is one that the functions take, in either byte order."""
+    return dtype.name in ("float16", "bfloat16", "float32", "float64")
+
+
 def values(name: str, value: ArrayLike, count: int, least: float | None = None) -> Array:
     """Return an array of `count` real numbers, shape (count,), none of them below `least`.
 
-    bfloat16, which NumPy does not know, comes back as float32: of ml_dtypes, or a tensor of PyTorch.
+    bfloat16, which NumPy does not know, comes back as float32: that of ml_dtypes, and of PyTorch.
     """
     if str(getattr(value, "dtype", None)) == "torch.bfloat16":
         value = value.float()  # type: ignore[union-attr]  # NumPy cannot read the tensor itself

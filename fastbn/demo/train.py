@@ -386,6 +386,11 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "history": self.history,
             "rng": self.rng.bit_generator.state,
+            "frozen": {
+                name: bool(leaf.frozen_params)
+                for name, leaf in self.network.leaves().items()
+                if isinstance(leaf, fastbn.BatchNorm | fastbn.InstanceNorm) and leaf.frozen
+            },
         }
         return {"run": State(run), "network": self.network, "optimizer": self.optimizer}
 

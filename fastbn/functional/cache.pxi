@@ -43,7 +43,7 @@ cdef class Cache:
     cdef bint residual           # whether forward had a residual
     cdef bint activated
     cdef double slope            # slope of the activation below 0
-    cdef cnp.ndarray signs       # a bit for each value: whether its activation's input was above 0
+    cdef cnp.ndarray signs       # a bit for each value: its activation's input was not <= 0
     cdef Py_ssize_t first_bit    # which bit of signs is that of the first value
     cdef object valid            # the positions of x that a mask leaves (see mask.py), or None
     # Arrays of the gradients' shape and dtype. None stands for (C,) and x's dtype, or float32 for

@@ -75,7 +75,7 @@ class Norm(ABC):
         activation: Activation = None,
     ) -> None:  # fmt: skip
         self.num_features, self.axis, self.eps, self.momentum = num_features, axis, eps, momentum
-        self.dtype, self.activation = dtype, activation
+        self.dtype, self.activation = dtype, activation  # type: ignore[assignment]  # see Checked
         self.affine, self.track_running_stats, self.training = affine, track_running_stats, True
         self.params: dict[str, Array] = {}
         if affine:
@@ -262,16 +262,18 @@ class Norm(ABC):
             # y = (gamma * r) * z_hat + (gamma * d + beta), so far differentiated by the brackets
             r, d = correction
             dgamma = r * dgamma + d * dbeta
-        for name, values in zip(self.params, (dgamma, dbeta), strict=False):
-            if self.grads.get(name) is None:
-                self.grads[name] = np.zeros_like(self.params[name])
-            self.grads[name][...] = 0 if name in self.frozen_params else values
+        for name, values in (("gamma", dgamma), ("beta", dbeta)):
+            if name in self.params:
+                if self.grads.get(name) is None:
+                    self.grads[name] = np.zeros_like(self.params[name])
+                self.grads[name][...] = 0 if name in self.frozen_params else values
         self._grad_hooks.run(self)
         return (dx, *dresidual) if dresidual else dx
 
     def _check_grads(self) -> None:
-        for name, grad in self.grads.items():
-            if grad is not None:
+        """Refuse what a user has put into `grads` that cannot take a gradient."""
+        for name in self.params:
+            if (grad := self.grads.get(name)) is not None:
                 self._check_target(f"grads[{name!r}]", grad)
 
     def register_grad_hook(self, hook: Callable[[Self], object]) -> Handle:

@@ -61,7 +61,16 @@ class BatchNorm(Norm):
     virtual_batch_size : int or None
         In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
         The running statistics are those of the whole minibatch all the same.
+    renorm : None or (r_max, d_max)
+        Batch renormalisation [2]_, for small minibatches. Training takes
+        ``y = gamma * (r * (x - mean) / sqrt(var + eps) + d) + beta`` with the constants::
 
+            r = clip(sqrt(var + eps) / sqrt(running_var + eps), 1 / r_max, r_max)
+            d = clip((mean - running_mean) / sqrt(running_var + eps), -d_max, d_max)
+
+        Within the limits y is what evaluation gives. (1, 0) is batch norm; the paper starts with
+        it, and widens the limits to (3, 5) while it trains. The running statistics, which start at
+        0 and 1, need that time.
     comm : communicator or None
         Of mpi4py, or any object with `rank`, `size` and ``Allgather(send, recv)``. The minibatch is
         then that of all its ranks: in training each sends the moments of its part to all others,
@@ -70,6 +79,8 @@ class BatchNorm(Norm):
 
     Attributes
     ----------
+    num_features, axis, eps, momentum, dtype, activation, virtual_batch_size, renorm, comm
+        The arguments. They are checked when they are set, too.
     params, grads : dict of str to ndarray
         The parameters "gamma" and "beta", shape (C,), and their gradients, under the same keys;
         empty if not affine. Optimizers change the arrays in place.
@@ -79,6 +90,8 @@ class BatchNorm(Norm):
         How many minibatches the running statistics have seen.
     training : bool
         Which of the two modes the layer is in.
+    frozen, frozen_params : bool, tuple of str
+        Whether `freeze` keeps the running statistics, and which parameters.
 
     Raises
     ------
@@ -101,6 +114,8 @@ class BatchNorm(Norm):
     ----------
     .. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
        Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167
+    .. [2] S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+       Batch-Normalized Models", NIPS 2017, https://arxiv.org/abs/1702.03275
 
     Examples
     --------
@@ -163,7 +178,8 @@ class BatchNorm(Norm):
         ValueError
             If x has another number of channels, or in training one value per channel or none (in
             a group of `virtual_batch_size` examples, or left by the mask), or if residual or mask
-            is of another shape.
+            is of another shape, or if `renorm` is set beside `virtual_batch_size`, or without
+            running statistics.
         """
         if self.comm is None or not self.training or self.frozen:
             return self._forward(x, residual, mask)
@@ -189,14 +205,15 @@ class BatchNorm(Norm):
         else:
             self._refuse_too_few(x, mask, group)
         correction = None
-        if self.training and self.renorm is not None:
-            self._check_renorm()
+        self._check_renorm()
+        if self.training and self.renorm is not None and mean is not None and var is not None:
             _, statistics = entry.forward(
                 x, statistics, None, None, self.axis, self.eps, None, residual, mask, None, None,
                 False,
             )  # fmt: skip
-            correction = r, d = self._correction(statistics, self.renorm)
-            gamma, beta = (r, d) if gamma is None else (gamma * r, gamma * d + beta)
+            correction = r, d = self._correction(statistics, mean, var, *self.renorm)
+            scale: Any = 1.0 if gamma is None else gamma
+            gamma, beta = scale * r, scale * d + (0.0 if beta is None else beta)
         y, cache = entry.forward(
             x, statistics, gamma, beta, self.axis, self.eps, self.activation, residual, mask,
             group, None, self._may_go_back(),
@@ -233,13 +250,13 @@ class BatchNorm(Norm):
         if self.renorm is not None and (self.running_mean is None or self.running_var is None):
             raise ValueError("renorm: expected None where there are no running statistics")
 
-    def _correction(self, of: Cache | Moments, limits: tuple[float, float]) -> tuple[Array, Array]:
+    def _correction(
+        self, of: Cache | Moments, mean: Array, var: Array, r_max: float, d_max: float
+    ) -> tuple[Array, Array]:
         """Return r and d of batch renormalisation, float64, shape (C,)."""
-        r_max, d_max = limits
         with np.errstate(divide="ignore", invalid="ignore"):  # eps may be 0
-            std = np.sqrt(self.running_var + self.eps)
-            r = np.sqrt(of.var + self.eps) / std
-            d = (of.mean - self.running_mean) / std
+            std = np.sqrt(var + self.eps)
+            r, d = np.sqrt(of.var + self.eps) / std, (of.mean - mean) / std
         return np.clip(r, 1 / r_max, r_max), np.clip(d, -d_max, d_max)
 
     def _refuse_too_few(self, x: Array, mask: ArrayLike | None, group: int | None) -> None:

@@ -29,8 +29,8 @@ class InstanceNorm(Norm):
 
     Attributes
     ----------
-    params, grads, running_mean, running_var, num_batches_tracked, training
-        As in `BatchNorm`.
+    params, grads, running_mean, running_var, num_batches_tracked, training, frozen, frozen_params
+        As in `BatchNorm`, and so are the arguments.
 
     Raises
     ------

@@ -27,7 +27,8 @@ def update_statistics(
     Parameters
     ----------
     layers : sequence of layers
-        The network. Those of type `BatchNorm` that keep running statistics are updated.
+        The network. Those of type `BatchNorm` that keep running statistics are updated, unless they
+        are frozen.
     batches : iterable
         What goes into the network, minibatch by minibatch.
     forward : callable, optional
@@ -63,7 +64,9 @@ def update_statistics(
         n for n in layers if isinstance(n, BatchNorm) and n.track_running_stats and not n.frozen
     ]
     if not norms:
-        raise ValueError("layers: expected a BatchNorm with running statistics, got none")
+        frozen = " that is not frozen" if any(getattr(n, "frozen", False) for n in layers) else ""
+        words = "a BatchNorm with running statistics"
+        raise ValueError(f"layers: expected {words}, got none{frozen}")
 
     def one_after_the_other(batch: Any) -> None:
         for layer in layers:

@@ -36,7 +36,8 @@ class Optimizer(ABC):
     ----------
     layers : iterable of layers, or one layer
         Anything with `params` and `grads`. No memory may occur in them twice. Names, shapes and
-        dtypes of the parameters are fixed from here on; an array may be replaced by another.
+        dtypes of the parameters are fixed from here on; an array may be replaced by another. What a
+        layer names in `frozen_params`, if it has that, stays as it is.
     lr, weight_decay, and further numbers : float
         The hyper-parameters. They are attributes, and may be set at any time.
     decays : callable
