@@ -198,9 +198,7 @@ def test_broadcast_refuses_other_layers_and_changes_nothing():
     def of_rank(comm):
         bn = fastbn.BatchNorm(3 + (comm.rank == 1))
         bn.gamma = np.full(bn.num_features, comm.rank)
-        with pytest.raises(
-            ValueError, match="layers: expected those of rank 2 on all, got others"
-        ):
+        with pytest.raises(ValueError, match="layers: expected those of rank 2 on all, got others"):
             broadcast([bn], comm, 2)
         return bn.gamma[0]
 

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,21 @@ def test_all_is_the_same_over_real_messages(size):
     status, out, err = run_mpi(size, "-m", "mpi4py", PROGRAM, size)
     assert status == 0, err
     assert out.startswith("all checked on")
+
+
+def test_the_program_of_the_page_trains_the_same_on_any_number_of_ranks(tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "distributed.md"
+    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", page.read_text(), re.MULTILINE)
+    [block] = [block for block in blocks if "import fastbn" in block]
+    program = tmp_path / "train.py"
+    program.write_text(textwrap.dedent(block).partition("mpiexec")[0])
+    losses = set()
+    for size in (1, 2):
+        status, out, err = run_mpi(size, "-m", "mpi4py", program)
+        assert status == 0, err
+        losses.add(out)
+    assert len(losses) == 1
+    assert 0 < float(losses.pop().removeprefix("loss: ")) < 0.5
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fastbn.demo import DemoError, require
 
 PATIENCE = 5  # seconds that a rank waits for the others to fail as well
 # Where launchers tell a process how many it is one of.
-TOLD = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
+TOLD = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 def add_mpi_options(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +58,11 @@ def ranks(mpi: bool) -> Iterator[Any]:
         with redirect_stdout(StringIO() if comm.rank else sys.stdout):
             yield comm
     except KeyboardInterrupt as interrupt:
-        if comm.rank:  # which rank 0 may not get: MPI does not wake up for it
+        words = map(str, interrupt.args)
+        if comm.rank:  # rank 0 tells it, but for one that waits for a message, which does not end
             time.sleep(PATIENCE)
-        _end(comm, ": ".join(["interrupted", *map(str, interrupt.args)]), 130)
+            words = (f"rank {comm.rank} of {comm.size}",)
+        _end(comm, ": ".join(["interrupted", *words]), 130)
     except Exception as error:
         if not _all_come(failures):
             if not isinstance(error, DemoError):
