@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from support import Wide, assert_close
+from support import BFLOAT16, Wide, assert_close
 
 from fastbn import BatchNorm
 from fastbn.demo.layers import Conv2d
@@ -149,14 +149,14 @@ def test_folding_changes_nothing(rng):
             None,
             0,
             TypeError,
-            "weight: expected float16, float32 or float64, got int",
+            "weight: expected float16, bfloat16, float32 or float64, got int",
         ),
         (
             np.ones((5, 3), complex),
             None,
             0,
             TypeError,
-            "weight: expected float16, float32 or float64",
+            "weight: expected float16, bfloat16, float32 or float64",
         ),
         (np.ones((5, 3)), np.ones(4), 0, ValueError, "bias: expected 5 values, got shape (4,)"),
         (np.ones((5, 3)), ["a"] * 5, 0, TypeError, "bias: expected numbers, got dtype <U1"),
@@ -300,6 +300,33 @@ def test_what_cannot_come_from_onnx(change, error, message):
     arguments = {"scale": GAMMA, "B": BETA, "mean": MEAN, "var": VAR, **change}
     with pytest.raises(error, match=re.escape(message)):
         BatchNorm.from_onnx(**arguments)
+
+
+@pytest.mark.skipif(BFLOAT16 is None, reason="bfloat16 needs ml_dtypes, which is not installed")
+def test_bfloat16_is_taken(rng):
+    given = [(1 + rng.random(3)).astype(BFLOAT16) for _ in range(4)]
+    wide = [values.astype(np.float32) for values in given]
+    weight = rng.standard_normal((3, 5)).astype(BFLOAT16)
+    for make in (BatchNorm.from_keras, lambda arrays: BatchNorm.from_onnx(*arrays)):
+        bn, wanted = make(given), make(wide)
+        for name, values in wanted.state_dict().items():
+            np.testing.assert_array_equal(bn.state_dict()[name], values)
+        exact, shift = bn.fold_into(weight.astype(np.float64), given[0])
+        folded, bias = bn.fold_into(weight, given[0])
+        assert folded.dtype == bias.dtype == BFLOAT16
+        np.testing.assert_array_equal(folded, exact.astype(BFLOAT16))
+        np.testing.assert_array_equal(bias, shift.astype(BFLOAT16))
+
+
+@pytest.mark.parametrize("name", ["scale", "B", "mean", "var"])
+def test_masked_arrays_are_refused(name):
+    arrays = {"scale": GAMMA, "B": BETA, "mean": MEAN, "var": VAR}
+    arrays[name] = np.ma.masked_array(arrays[name], True)
+    words = "expected an array without a mask, got a masked array"
+    with pytest.raises(TypeError, match=f"{name}: {words}"):
+        BatchNorm.from_onnx(**arrays)
+    with pytest.raises(TypeError, match=words):
+        BatchNorm.from_keras(list(arrays.values()))
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # they are Keras's own

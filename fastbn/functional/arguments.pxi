@@ -30,8 +30,6 @@ cdef cnp.ndarray as_floats(object value, str name):
     """Return value as an ndarray of a type that type_of knows, in any memory and byte order."""
     cdef cnp.ndarray array
     if not cnp.PyArray_CheckExact(value):
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name}: expected an array without a mask, got a masked array")
         value = checks.array(name, value)
     array = value
     if type_of(array) != OTHER:
@@ -217,8 +215,18 @@ cdef cnp.ndarray copy_parameter(Cache cache, object value, str name, int which, 
 
 
 cdef bint copy_statistics(Cache cache, object statistics) except -1:
-    """Copy given statistics: (mean, var), which are constants, or Moments of more than x."""
+    """Copy given statistics.
+
+    They are (mean, var), which are constants, or Moments of more than x (or what makes these of
+    the Moments of x), or those of another cache of x, in one group.
+    """
     cdef Py_ssize_t c
+    if type(statistics) is Cache:
+        cache.count = (<Cache>statistics).count
+        memcpy(
+            row_of(cache, MEAN), row_of(statistics, MEAN), GAMMA * cache.channels * sizeof(double)
+        )
+        return True
     copy_values(cache, statistics[0], "mean", row_of(cache, MEAN))
     copy_values(cache, statistics[1], "var", row_of(cache, VAR))
     for c in range(cache.channels):

@@ -4,6 +4,9 @@ What is wrong with the arguments is found before anything is written. The kernel
 memory (see `plan`) and per-channel values of float64.
 """
 
+import copyreg
+from copy import deepcopy
+
 import numpy as np
 
 cimport cython
@@ -116,7 +119,7 @@ def forward(
     x, statistics, gamma, beta, axis, eps, activation, residual, mask, group_size, out,
     bint keep=True,
 ):
-    """Normalise x: by its own statistics, by constants (mean, var), or by Moments of more than x.
+    """Normalise x: by its own statistics, or by given ones (see `copy_statistics`).
 
     keep tells whether the cache that is returned beside y will be used to go back.
     """
@@ -139,7 +142,7 @@ def forward(
         )
     set_activation(cache, activation)
     reserve_statistics(cache)
-    if statistics is not None:
+    if statistics is not None and not callable(statistics):
         copy_statistics(cache, statistics)
     cache.gamma_like = copy_parameter(cache, gamma, "gamma", GAMMA, 1)
     cache.beta_like = copy_parameter(cache, beta, "beta", BETA, 0)
@@ -151,6 +154,8 @@ def forward(
     result = target(cache, cache.x, out, addend)
     if cache.activated and keep:
         reserve_signs(cache, result)
+    if callable(statistics):  # after all that can fail here: other processes may wait for it
+        copy_statistics(cache, statistics(own_moments(cache)))
     describe(cache, cache.x, &job)
     job.out, job.beta = cnp.PyArray_DATA(result), row_of(cache, BETA)
     if addend is not None:
@@ -159,17 +164,23 @@ def forward(
     return deliver(cache, cache.x, result, out), cache
 
 
+cdef object own_moments(Cache cache):
+    """Return the Moments of the placed x, which may have no values."""
+    cdef Job job
+    if cache.count == 0:
+        cache.statistics[:GAMMA] = 0
+    else:
+        describe(cache, cache.x, &job)
+        call_kernel(&job, FORWARD)
+    return cache.moments
+
+
 def moments_of(x, axis):
     """Return the Moments of x, which may be empty."""
     cdef Cache cache = Cache.__new__(Cache)
-    cdef Job job
     place_x(cache, as_floats(x, "x"), axis)
     reserve_statistics(cache)
-    if cache.count == 0:
-        cache.statistics[...] = 0
-    describe(cache, cache.x, &job)
-    call_kernel(&job, FORWARD)
-    return cache.moments
+    return own_moments(cache)
 
 
 # --------------------------------------------------------------------------------------- backward
