@@ -80,7 +80,7 @@ cdef bint place_x(Cache cache, cnp.ndarray x, object axis) except -1:
             dims = plan_of(x, axis)
         cache.outer, cache.channels, cache.inner = dims
     cache.examples, cache.groups = cache.outer, 1
-    cache.count = <double>cache.outer * cache.inner
+    cache.count = cache.own = <double>cache.outer * cache.inner
     cache.x = x
     cache.type = <Type>type_of(x)
     return True
@@ -115,8 +115,59 @@ cdef bint form_groups(Cache cache, object axis, object size) except -1:
             cache.examples, cache.inner = count, cache.inner // count
         cache.outer = cache.examples // count * each
         cache.groups = (count + each - 1) // each
-        cache.count = <double>cache.outer * cache.inner
+        cache.count = cache.own = <double>cache.outer * cache.inner
     cache.grouped = True
+    return True
+
+
+cdef bint place_mask(Cache cache, cnp.ndarray valid, object axis) except -1:
+    """Put the runs of valid positions into the cache, after x was placed and cut into groups.
+
+    Kernels walk positions whose channels lie together, or runs of at least a pack for each channel.
+    Where x has neither it is copied, with the channels last.
+    """
+    cdef cnp.ndarray x = cache.x
+    axis %= x.ndim
+    others = by_memory(x, (i for i in range(x.ndim) if i != axis))
+    if 1 < cache.inner < LANES:
+        if cache.channels > 1:
+            cache.order = by_memory(x, range(x.ndim))
+            cache.x = laid_out(x, [*others, axis])
+        cache.examples *= cache.inner
+        cache.outer *= cache.inner
+        cache.inner = 1
+    flat = flatten(valid, others)
+    find_runs(cache, flat)
+    if cache.inner > 1:
+        cache.valid = bits(flat)
+    return True
+
+
+cdef bint find_runs(Cache cache, cnp.ndarray flat) except -1:
+    """Find the runs of a mask whose positions lie in the order of memory, and count them."""
+    cdef const char* valid = cnp.PyArray_BYTES(flat)
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(flat), begin = 0, end, limit, before = 0
+    cdef Py_ssize_t row = cache.outer * cache.inner
+    cdef vector[Run] runs
+    cdef cnp.npy_intp[2] shape
+    if cache.inner > 1 and cache.channels > 1:
+        row = cache.inner
+    while begin < size:
+        limit = min(begin - begin % row + row, size)
+        while begin < limit and not valid[begin]:
+            begin += 1
+        end = begin
+        while end < limit and valid[end]:
+            end += 1
+        if end > begin:
+            runs.push_back(Run(begin, before))
+        before += end - begin
+        begin = end
+    runs.push_back(Run(size, before))
+    shape[0], shape[1] = runs.size(), 2
+    cache.runs = cnp.PyArray_EMPTY(2, shape, cnp.NPY_INTP, 0)
+    memcpy(cnp.PyArray_DATA(cache.runs), runs.data(), runs.size() * sizeof(Run))
+    cache.count = cache.own = before
     return True
 
 

@@ -36,6 +36,7 @@ cdef class Cache:
     cdef Py_ssize_t channels
     cdef Py_ssize_t inner
     cdef double count            # how many values of a channel the statistics cover
+    cdef double own              # how many of them x has
     cdef double eps
     cdef Py_ssize_t groups
     cdef bint grouped
@@ -45,7 +46,11 @@ cdef class Cache:
     cdef double slope            # slope of the activation below 0
     cdef cnp.ndarray signs       # a bit for each value: its activation's input was not <= 0
     cdef Py_ssize_t first_bit    # which bit of signs is that of the first value
-    cdef object valid            # the positions of x that a mask leaves (see mask.py), or None
+    # Of a mask, None without one: the runs of valid positions (Run in job.hpp, one a row), a bit for
+    # each position where that is needed, and the order of x's axes in memory if x was copied.
+    cdef cnp.ndarray runs
+    cdef cnp.ndarray valid
+    cdef object order
     # Arrays of the gradients' shape and dtype. None stands for (C,) and x's dtype, or float32 for
     # 16-bit x.
     cdef cnp.ndarray gamma_like
@@ -65,6 +70,10 @@ cdef class Cache:
         if self.grouped:
             counts[:] = self.outer * self.inner
             counts[self.groups - 1] = (self.examples - (self.groups - 1) * self.outer) * self.inner
+        if self.runs is not None:
+            group = self.runs[:-1, 0] // (self.outer * self.inner)
+            counts = np.bincount(group, np.diff(self.runs[:, 1]), self.groups)
+            counts = counts.astype(np.float64)  # of no runs at all it gives integers
         return merged(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), counts)
 
     def __copy__(self):
@@ -99,17 +108,32 @@ cdef inline double* row_of(Cache cache, int which) noexcept:
     return <double*>cnp.PyArray_DATA(cache.statistics) + row * cache.channels
 
 
+cdef cnp.ndarray x_of(Cache cache):
+    """Return x. Another thread may forget it meanwhile, and some Pythons have no GIL."""
+    cdef cnp.ndarray x
+    with cython.critical_section(cache):
+        x = cache.x
+    if x is None:
+        raise ValueError(
+            "cache: x is needed for the gradients, but out= has overwritten it; "
+            "give another array as out"
+        )
+    return x
+
+
+cdef bint forget_x(Cache cache) except -1:
+    with cython.critical_section(cache):
+        cache.x = None
+    return True
+
+
 cdef Cache checked_cache(object cache, bint one_group=False):
     """Return the cache if backward can use it; raise otherwise."""
     if type(cache) is not Cache:
         raise TypeError(
             f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
         )
-    if (<Cache>cache).x is None:
-        raise ValueError(
-            "cache: x is needed for the gradients, but out= has overwritten it; "
-            "give another array as out"
-        )
+    x_of(cache)
     if one_group and (<Cache>cache).grouped:
         raise ValueError("cache: expected one group of examples; use batch_norm_backward")
     return cache
