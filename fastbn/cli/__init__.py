@@ -60,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         _prepare_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
-    program = " ".join(["fastbn", *(word for word in words[:1] if word in COMMANDS)])
+    program = "fastbn"
     try:
         try:
+            words = _as_command(list(sys.argv[1:] if argv is None else argv))
+            program += "".join(f" {word}" for word in words[:1] if word in COMMANDS)
             return _run(words)
         finally:
             if sys.stdout:
@@ -91,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    words = _as_command(words)
     parser = _Parser(prog="fastbn", description=fastbn.__doc__)
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -170,6 +170,6 @@ def _print_error(text: str) -> None:
 
 
 def _silence(stream: TextIO) -> None:
-    """Let a stream that takes nothing any more end in nothing, or Python tries again at the exit."""
+    """Have a stream that takes nothing any more lead nowhere: Python tries again at the exit."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
