@@ -245,15 +245,31 @@ def test_memory_that_does_not_suffice(train, capsys, monkeypatch):
         assert "--hidden: expected a network that fits into the memory, " in err
 
 
-def test_ctrl_c_while_modules_are_loaded(train, capsys, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+LOADING = """
+import signal, sys
+moment, seen = int(sys.argv[1]), 0
 
-    monkeypatch.setattr("fastbn.cli.import_module", interrupt)
-    assert run(train, capsys) == (130, "", "\ninterrupted\n")
-    monkeypatch.undo()
-    monkeypatch.setattr("fastbn.demo.importlib.import_module", interrupt)
-    assert run([*train, "--save", "run"], capsys)[::2] == (130, "\ninterrupted\n")
+def hook(event, args):
+    global seen
+    seen += event == "import"
+    if event == "import" and seen == moment:
+        signal.raise_signal(signal.SIGINT)
+
+from fastbn.cli import main
+sys.argv = ["fastbn", *sys.argv[2:]]
+sys.addaudithook(hook)
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 40, 200])
+def test_ctrl_c_while_modules_are_loaded(moment, train, tmp_path):
+    process = command()
+    words = [*train, "--plot", str(tmp_path / "c.png")]
+    process["args"] = [sys.executable, "-c", LOADING, str(moment), *words]
+    done = subprocess.run(**process, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert re.fullmatch(r"\ninterrupted(: nothing was saved; .*)?\n", done.stderr)
 
 
 # Faults at moments. A moment is a file that is opened to be written, renamed or deleted below a

@@ -46,6 +46,9 @@ from fastbn.demo.train import (
 )
 
 COLUMNS = ("epoch", "lr", "momentum", *METRICS, "nudges", "undone")
+# What `write_atomically` leaves in a process that is killed, and what goes with each epoch.
+TEMPORARY = re.compile(r"\.(epoch-\d+|curves|log)\.\w+\.[\da-f.]+\.tmp")
+DELETED = re.compile(rf"epoch-\d{{4,}}\.safetensors|{TEMPORARY.pattern}")
 PATIENCE = 1  # seconds to wait for a folder, as `send` holds it for a moment
 
 
@@ -189,8 +192,8 @@ class Run:
         table.writeheader()
         table.writerows(self.log.rows)
         with refusals(self.folder):
-            for path in {*self.folder.glob("epoch-*.safetensors")} - kept:
-                if re.fullmatch(r"epoch-\d{4,}", path.stem):
+            for path in {*self.folder.iterdir()} - kept:
+                if DELETED.fullmatch(path.name):
                     path.unlink()
             draw(
                 self.folder / "curves.png",
@@ -219,7 +222,6 @@ def start(folder: Path, config: Config) -> Trainer:
     _expect_empty(folder)
     with _locked(folder / "lock", PATIENCE):
         _expect_empty(folder)  # another process may have come first
-        _tidy(folder)
         run.log.write()
         run.train()
     return run.trainer
@@ -246,7 +248,6 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Trainer:
     with _opened(folder) as run:
         epochs = merge(run.log.config, given, run.log.path).epochs
         if not run.log.ended or run.log.next_epoch <= epochs:
-            _tidy(folder)
             run.log.add("resume", epochs=epochs)
             run.trainer.config = dataclasses.replace(run.trainer.config, epochs=epochs)
             run.train()
@@ -371,24 +372,13 @@ def _locked(path: Path, timeout: float = -1) -> AbstractContextManager[Any]:
     return held
 
 
-def _left_over(path: Path) -> bool:
-    """Return whether a file was left by `write_atomically` in a process that was killed."""
-    return bool(re.fullmatch(r"\.(epoch-\d+|curves|log)\.\w+\.[\da-f.]+\.tmp", path.name))
-
-
-def _tidy(folder: Path) -> None:
-    with refusals(folder):
-        for path in filter(_left_over, folder.iterdir()):
-            path.unlink()
-
-
 def _expect_empty(folder: Path) -> None:
     expected = f"{folder}: expected a new or empty folder, got one with"
     if (folder / NAME).exists():
         done = len(Log.read(folder).standing)
         way = shlex.join(["fastbn", "resume", str(folder)])
         raise DemoError(f"{expected} a run of {done} epochs; `{way}` goes on with it")
-    if any(path.name != "lock" and not _left_over(path) for path in folder.iterdir()):
+    if any(path.name != "lock" and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
         raise DemoError(f"{expected} files")
 
 
