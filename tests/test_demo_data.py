@@ -129,8 +129,8 @@ GOOD_X, GOOD_Y = make()
         ({"x": GOOD_X, "y": GOOD_Y * 1.0}, "y: expected one integer .* got float64"),
         ({"x": GOOD_X, "y": GOOD_Y.astype(str)}, "y: expected one integer .* got <U"),
         (
-            {"x": GOOD_X, "y": GOOD_Y + np.uint64(2**63)},
-            "labels below 2.*63, got 92233720368547758",
+            {"x": GOOD_X, "y": GOOD_Y.astype(np.uint64) + 2**63},
+            "labels below 2.*63, got 92233720",
         ),
         ({"x": GOOD_X, "y": GOOD_Y - 1}, "from 0 upwards .* from -1"),
         ({"x": GOOD_X, "y": np.eye(40)}, r"got float64 of shape \(40, 40\)"),
@@ -172,7 +172,7 @@ def test_what_is_no_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "d.npz", "w") as file:
         file.writestr("x", "text")
         file.writestr("y", "text")
-    with pytest.raises(DemoError, match="expected the arrays x, y or .* got none"):
+    with pytest.raises(DemoError, match=r"expected the arrays x, y or .* got none"):
         load(str(tmp_path / "d.npz"))
 
 
