@@ -58,10 +58,10 @@ def ranks(mpi: bool) -> Iterator[Any]:
         with redirect_stdout(StringIO() if comm.rank else sys.stdout):
             yield comm
     except KeyboardInterrupt as interrupt:
-        words = map(str, interrupt.args)
+        words = [str(each) for each in interrupt.args]
         if comm.rank:  # rank 0 tells it, but for one that waits for a message, which does not end
             time.sleep(PATIENCE)
-            words = (f"rank {comm.rank} of {comm.size}",)
+            words = [f"rank {comm.rank} of {comm.size}"]
         _end(comm, ": ".join(["interrupted", *words]), 130)
     except Exception as error:
         if not _all_come(failures):

@@ -26,7 +26,7 @@ class Layer(ABC):
         self.params: dict[str, Array] = {}
         self.grads: dict[str, Array] = {}
         self.training = True
-        self.sums: DTypeLike = None  # in which gradients are summed over the minibatch
+        self.sums: DTypeLike | None = None  # in which gradients are summed over the minibatch
 
     @abstractmethod
     def forward(self, x: Array) -> Array:

@@ -140,7 +140,8 @@ class Config:
     batch_size: int = told("default: 32", "N")
     epochs: int = told("default: mlp 20, resnet 10", "N")
     seed: int = told("default: 0", "N")
-    local_norm: bool = told("")  # an option of those commands that know several ranks
+    # Without text, as it is an option of those commands alone that know several ranks.
+    local_norm: bool = dataclasses.field(default=False, metadata={"help": ""})
 
     def __post_init__(self) -> None:
         values = vars(self)
@@ -181,7 +182,6 @@ def configure(given: Mapping[str, Any]) -> Config:
         "batch_size": 32,
         "epochs": EPOCHS[names["model"]],
         "seed": 0,
-        "local_norm": False,
     }
     return Config(**{**defaults, **names})
 
@@ -384,8 +384,8 @@ class Trainer:
             with np.errstate(all="ignore"):
                 loss, _ = softmax_cross_entropy(logits, y)
             hits = int((logits.argmax(axis=1) == y).sum())
-        loss, hits = self.sums(loss * share, hits)
-        return loss, hits / len(examples[0])
+        loss, all_hits = self.sums(loss * share, hits)
+        return loss, all_hits / len(examples[0])
 
     def epochs_to(self, accuracy: float) -> int | None:
         """Return after how many epochs the validation accuracy first was as high, if ever."""

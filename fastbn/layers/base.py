@@ -255,8 +255,9 @@ class Norm(ABC):
                 dgamma, dbeta = functional.batch_norm_backward_reduce(dy, cache)
                 rows = gather(np.concatenate([dgamma, dbeta]))
             # One after the other: how np.sum adds depends on the machine.
-            sums = np.split(reduce(np.add, rows), 2)
-            result = functional.batch_norm_backward_apply(dy, cache, *sums)
+            sums = reduce(np.add, rows)
+            of_gamma, of_beta = sums[: self.num_features], sums[self.num_features :]
+            result = functional.batch_norm_backward_apply(dy, cache, of_gamma, of_beta)
             dx, *dresidual = result if isinstance(result, tuple) else (result,)
         if correction is not None:
             # y = (gamma * r) * z_hat + (gamma * d + beta), so far differentiated by the brackets

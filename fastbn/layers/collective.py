@@ -48,10 +48,11 @@ def exchange(comm: Communicator, length: int) -> Iterator[Gather]:
 
 
 def _gather(comm: Communicator, row: Row, error: Exception | None) -> Row:
-    rows = np.ones((comm.size, len(row) + 1))
-    comm.Allgather(np.append(row, float(error is not None)), rows)
-    failed = np.flatnonzero(rows[:, -1])
-    if failed.size:
+    sent, rows = np.empty(len(row) + 1), np.ones((comm.size, len(row) + 1))
+    sent[:-1], sent[-1] = row, error is not None
+    comm.Allgather(sent, rows)
+    if rows[:, -1].any():
+        failed = np.flatnonzero(rows[:, -1])
         text = "" if error is None else f"{type(error).__name__}: {error}"
         texts = np.zeros((comm.size, TEXT), np.uint8)
         comm.Allgather(np.frombuffer(text.encode()[:TEXT].ljust(TEXT), np.uint8), texts)
