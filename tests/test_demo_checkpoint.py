@@ -107,6 +107,7 @@ def checkpoint(blobs, tmp_path):
         ({"hidden": (8,)}, r"--hidden: .* expected \(8, 8\) .* got \(8,\)"),
         ({"norm": "batch"}, "--norm: .* expected 'none' .* got 'batch'"),
         ({"epochs": 1}, "--epochs: expected 2 as in .* or more, got 1"),
+        ({"epochs": "3"}, "--epochs: expected an integer from 1, got '3'"),
     ],
 )
 def test_another_configuration_cannot_be_resumed(given, message, checkpoint):

@@ -65,7 +65,7 @@ def _train(
     config = configure(fields)
     if comm and comm.rank:
         plot = save = export = None
-    check_files(config, plot, save, export)
+    check_files(config, plot, save, export, {"--config": given.get("config")})
     trainers: list[Trainer] = []
     with resumable(lambda: trainers[0].saved if trainers else None, plot, export, comm):
         data = load(config.data, config.data_dir)
