@@ -27,7 +27,7 @@ from tune_objectives import (
 
 import fastbn
 from fastbn.demo import DemoError
-from fastbn.tune.search import opened
+from fastbn.tune.storage import opened
 
 optuna = pytest.importorskip("optuna")
 
