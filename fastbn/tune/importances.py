@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def importances(trials: Sequence[Record], boxes: Sequence[Box]) -> dict[str, flo
     values = np.array([record.sort_value for record in seen])
     if len(seen) < FEWEST or (values == values[0]).all():
         return {}
-    names, scales = zip(*boxes[0].items(), strict=True)
+    names = list(boxes[0])
     x = np.array([[s.middle(r.params[n]) for n, s in boxes[0].items()] for r in seen])
     # Later rounds crowd a part of the space. A trial counts for as much of it as it stands for.
     density = np.zeros(len(seen))

@@ -15,7 +15,7 @@ from fastbn.tune.storage import log, refused, told_if_slow
 RECORD = b'{"op_code":'  # how Optuna begins one
 
 
-class Journal(JournalFileBackend):
+class Journal(JournalFileBackend):  # type: ignore[misc]  # Optuna's types are not read
     """A journal whose errors are the storage's."""
 
     def __init__(self, path: Path) -> None:
@@ -24,7 +24,7 @@ class Journal(JournalFileBackend):
         check_writable(path)
         super().__init__(str(path), _Lock(path))
 
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Yield the records from a number on."""
         try:
             yield from super().read_logs(log_number_from)
@@ -39,7 +39,8 @@ class Journal(JournalFileBackend):
             raise refused(str(self.path), error) from error
 
 
-class _Lock(JournalFileOpenLock):  # symbolic links, Optuna's own choice, need a right on Windows
+# Symbolic links, Optuna's own choice, need a privilege on Windows.
+class _Lock(JournalFileOpenLock):  # type: ignore[misc]
     """Held by the one that writes, who finds the journal mended."""
 
     def __init__(self, path: Path) -> None:

@@ -15,7 +15,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import GeneratorType
@@ -213,7 +213,9 @@ class Round:
         state = trial.state.name.lower() if trial else "failed"
         if trial is None and not _given_up(failed):
             return Record(number, self.index + 1, "waiting", attempts=attempts)
-        reason = "" if trial else next(f.user_attrs["lost"] for f in failed if "lost" in f.user_attrs)
+        reason = (
+            "" if trial else next(f.user_attrs["lost"] for f in failed if "lost" in f.user_attrs)
+        )
         trial = trial or failed[-1]
         drawn = {n: s.decode(trial.params[s.key(n)]) for n, s in self.box.items()
                  if s.key(n) in trial.params}  # fmt: skip
@@ -236,7 +238,7 @@ class Round:
             number = choose(empty)
             content = self._encoded(self.plan.start if number == 0 else {})
             for before in slots[number][1]:
-                if before.params:
+                if len(before.params) == len(self.box):  # else they are drawn again, all of them
                     content = {"params": before.params, "distributions": before.distributions}
             content["user_attrs"] = {"slot": number, "worker": worker}
             template = self.optuna.create_trial(state=self.states.RUNNING, **content)
@@ -385,7 +387,7 @@ class Search:
 
     def release(self, worker: str, lost: str = "") -> bool:
         """Do so in all rounds."""
-        return any([each.release(worker, lost) for each in self.rounds])
+        return sum(each.release(worker, lost) for each in self.rounds) > 0
 
     def tell_waiting(self, here: str) -> None:
         """Say so once, if workers of other names have all that is left to do for a while."""
@@ -433,9 +435,9 @@ def _blamed(params: Params) -> Iterator[None]:
         raise
 
 
-def _numbers(steps: Iterator[Any], params: Params) -> Iterator[float]:
+def _numbers(steps: Generator[Any, None, None], params: Params) -> Generator[float, None, None]:
     """Yield what an objective yields, and close it in the end."""
-    with _blamed(params), closing(steps):  # type: ignore[type-var]
+    with _blamed(params), closing(steps):
         value = None
         for value in map(_number, steps):
             yield value

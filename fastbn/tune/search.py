@@ -272,20 +272,25 @@ def _quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def told(error: BaseException) -> DemoError:
-    """Return what an objective or a worker raised in one line, with the traceback as a note."""
-    who, tb = "worker", error.__traceback__
+def told(error: BaseException, who: str = "worker") -> DemoError:
+    """Return an exception of the user's code in one line, with its traceback as a note."""
     if raised_by_objective(error):
         who = "objective"
-        while tb and Path(tb.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
-            tb = tb.tb_next  # the way there is not the user's
+    tb = error.__traceback__
+    while tb and who != "worker" and _leads_there(tb.tb_frame.f_code.co_filename):
+        tb = tb.tb_next
     whole = traceback.TracebackException(type(error), error, tb)  # whatever its __str__ does
     text = " ".join(str(whole).split())
     if not text.startswith("objective: "):
         text = ": ".join(filter(None, (who, type(error).__name__, text)))
     result = DemoError(text)
-    result.add_note("".join(whole.format()) if tb else "")
+    if tb:
+        result.add_note("".join(whole.format()))
     return result
+
+
+def _leads_there(file: str) -> bool:
+    return Path(file).parent == Path(__file__).parent or "importlib" in file
 
 
 def _work(plan: Plan, url: str | None, name: str, messages: Connection) -> None:
@@ -355,9 +360,9 @@ def _supervise(
                     if messages.poll():  # a worker that was killed or is done sends nothing
                         final, text, trace = messages.recv()
                 if final:
-                    error = DemoError(text)
-                    error.add_note(trace)
-                    raise error
+                    failure = DemoError(text)
+                    failure.add_note(trace)
+                    raise failure
                 process = alive.pop(messages)
                 messages.close()
                 _end(process)
@@ -403,6 +408,8 @@ def _ended(processes: Mapping[Connection, SpawnProcess]) -> Iterator[None]:
         for messages, process in processes.items():
             _end(process)
             messages.close()
+
+
 @contextmanager
 def _divided(workers: int) -> Iterator[None]:
     """Let processes started meanwhile share the threads of this one.
