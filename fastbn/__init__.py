@@ -50,5 +50,5 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-with suppress(ImportError, AttributeError):  # threadpoolctl is not installed, or too old
+with suppress(ImportError):  # threadpoolctl is not installed, or too old
     from fastbn.runtime import controller  # noqa: F401

@@ -195,6 +195,13 @@ def test_a_threadpoolctl_that_is_too_old_is_left_alone(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_fault_beside_threadpoolctl_is_not_hidden(tmp_path):
+    broken = "LibController = object\ndef register(controller): controller.of_no_such_name"
+    (tmp_path / "threadpoolctl.py").write_text(broken, encoding="utf-8")
+    result = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + SHOW)
+    assert "AttributeError: type object 'FastbnController' has no attribute" in result.stderr
+
+
 # -------------------------------------------------------------------------------- several callers
 
 SIZES = [(4, 3, 5), (64, 100, 1), (16, 64, 400), (60_000, 7, 1), (2, 3, 90_000), (40, 500, 49)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbn.cli.network import add_config_option, add_network_options, read_network_options
-from fastbn.cli.results import add_file_options, check_files, resumable, tell
+from fastbn.cli.results import add_file_options, check_files, resumable, same, tell
 from fastbn.demo import DemoError, watch
 from fastbn.demo.checkpoint import load_checkpoint
 from fastbn.demo.log import NAME
@@ -49,11 +49,14 @@ def run(
             f"{saved}: expected --save with another file, or the folder alone:"
             " this one belongs to a run of `fastbn watch`"
         )
+    save = save or saved
     begun: list[Trainer] = []
     with resumable(lambda: begun[0].saved if begun else saved, plot, export):
         trainer = load_checkpoint(saved, fields)
         begun.append(trainer)
-        check_files(trainer.config, plot, save, export)
-        trainer.run(save or saved)
+        read = None if same(save, saved) else saved
+        inputs = {"FILE": read, "--config": given.get("config")}
+        check_files(trainer.config, plot, save, export, inputs)
+        trainer.run(save)
         tell(trainer, plot=plot, export=export)
     return 0

@@ -40,13 +40,14 @@ def run(
     **given: Any,
 ) -> int:
     """Train one network, or several to compare."""
+    config_file = given.get("config")
     fields = read_network_options(given)
     if compare:
         if save or export or "norm" in fields:
             raise DemoError("--compare: cannot be used with --norm, --save or --export")
         plot = plot or Path("compare.png")
     config = configure(fields)
-    check_files(config, plot, save, export)
+    check_files(config, plot, save, export, {"--config": config_file})
     trainers: list[Trainer] = []
     with resumable(lambda: trainers[0].saved if trainers else None, plot, export):
         data = load(config.data, config.data_dir)

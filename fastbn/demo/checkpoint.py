@@ -85,6 +85,8 @@ def load_checkpoint(path: Path, given: Mapping[str, Any], data: Data | None = No
 
 def merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
     """Raise the epochs of a configuration saved in a file; refuse any other change."""
+    # The one that may change goes through the checks of `Config`; the others are compared.
+    merged = dataclasses.replace(config, epochs=given.get("epochs", config.epochs))
     for name, value in given.items():
         saved = getattr(config, name)
         if value != saved and name != "epochs":
@@ -92,12 +94,13 @@ def merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
                 f"{option(name)}: cannot change on resuming: expected {saved!r} as in {path},"
                 f" got {value!r}"
             )
-    epochs = given.get("epochs", config.epochs)
-    if epochs < config.epochs:
-        raise DemoError(f"--epochs: expected {config.epochs} as in {path} or more, got {epochs}")
-    if epochs > config.epochs and config.lr_decay == "cosine":
+    if merged.epochs < config.epochs:
+        raise DemoError(
+            f"--epochs: expected {config.epochs} as in {path} or more, got {merged.epochs}"
+        )
+    if merged.epochs > config.epochs and config.lr_decay == "cosine":
         raise DemoError(
             f"--epochs: expected {config.epochs} as in {path}, where --lr-decay cosine ends,"
-            f" got {epochs}"
+            f" got {merged.epochs}"
         )
-    return dataclasses.replace(config, epochs=epochs)
+    return merged

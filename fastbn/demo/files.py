@@ -14,13 +14,24 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def absolute(path: str) -> str:
+    """Return a path that is right in any folder, or as it is where the system cannot tell it."""
+    try:
+        return str(Path(path).resolve())
+    except (OSError, RuntimeError, ValueError):  # no working directory; links in a circle; a NUL
+        return path
+
+
 @contextmanager
 def refusals(name: object) -> Iterator[None]:
     """Raise an OSError from within as a `DemoError` that begins with a name."""
     try:
         yield
     except OSError as error:
-        raise DemoError(f"{name}: cannot be written: {one_line(error)}") from error
+        why = one_line(error)
+        if error.filename and str(name).endswith(str(error.filename)):  # it is not named twice
+            why = f"[Errno {error.errno}] {error.strerror}"
+        raise DemoError(f"{name}: cannot be written: {why}") from error
 
 
 def check_writable(path: Path, *, option: str) -> None:

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +17,7 @@ import numpy as np
 import fastbn
 from fastbn.demo import DemoError, require
 from fastbn.demo.data import Array, Data, Examples
-from fastbn.demo.files import one_line, refusals
+from fastbn.demo.files import absolute, one_line, refusals
 from fastbn.demo.layers import softmax_cross_entropy
 from fastbn.demo.network import Part, Sequential, fold, mlp, resnet
 
@@ -46,6 +49,7 @@ class DivergedError(DemoError):
 
 # A file can bring any type: `type(v) is int` keeps out True and 3.0 as well.
 POSITIVE: Rule = (lambda v: type(v) is float and 0 < v < math.inf, "a positive number")
+AT_MOST_1: Rule = (lambda v: POSITIVE[0](v) and v <= 1, "a number above 0 and at most 1")
 BELOW_1: Rule = (lambda v: type(v) is float and 0 <= v < 1, "a number in [0, 1)")
 FLAG: Rule = (lambda v: type(v) is bool, "True or False")
 TEXT: Rule = (lambda v: type(v) is str, "text")
@@ -53,6 +57,11 @@ WIDTHS: Rule = (
     lambda v: type(v) is tuple and v and all(type(n) is int and n > 0 for n in v),
     "positive integers like 256,128",
 )
+
+
+def one_of(words: Collection[str], expected: str = "") -> Rule:
+    """Return the rule for one of some words."""
+    return lambda v: type(v) is str and v in words, expected or " or ".join(words)
 
 
 def integer(least: int, expected: str = "an integer from {}") -> Rule:
@@ -65,11 +74,14 @@ def nothing(why: str) -> Rule:
     return lambda v: v is None, f"nothing with {why}"
 
 
-def obey(values: object, **rules: Rule) -> None:
+def obey(values: Mapping[str, Any], **rules: Rule) -> None:
     """Raise `DemoError` for the first field that breaks its rule."""
     for name, (holds, expected) in rules.items():
-        if not holds(value := getattr(values, name)):
+        if not holds(value := values[name]):
             raise DemoError(f"{option(name)}: expected {expected}, got {value!r}")
+
+
+NAMES = {name: one_of(words) for name, words in CHOICES.items()}
 
 
 def option(name: str) -> str:
@@ -128,43 +140,40 @@ class Config:
     seed: int = told("default: 0", "N")
 
     def __post_init__(self) -> None:
-        for name, words in CHOICES.items():
-            obey(self, **{name: (words.__contains__, " or ".join(words))})
-        norms = COMPARED[self.model]
+        values = vars(self)
+        obey(values, **NAMES)
         no_mean = "batch or none with --model mlp, where an example has no positions to average"
-        obey(self, norm=(norms.__contains__, no_mean), zero_gamma=FLAG)
+        obey(values, norm=one_of(COMPARED[self.model], no_mean), zero_gamma=FLAG)
         blocks = self.model == "resnet" and self.norm != "none"
-        obey(self, zero_gamma=(lambda v: blocks or not v, "--model resnet with a norm"))
+        obey(values, zero_gamma=(lambda v: blocks or not v, "--model resnet with a norm"))
         least = 2 if self.norm == "batch" else 1
-        obey(self, data=TEXT, data_dir=TEXT, batch_size=integer(least), epochs=integer(1))
-        obey(self, seed=integer(0), hidden=WIDTHS, lr=POSITIVE)
+        obey(values, data=TEXT, data_dir=TEXT, batch_size=integer(least), epochs=integer(1))
+        obey(values, seed=integer(0), hidden=WIDTHS, lr=POSITIVE)
         rules = {"momentum": BELOW_1, "beta1": BELOW_1, "beta2": BELOW_1, "eps": POSITIVE}
-        unused = dict.fromkeys(rules, nothing(f"--optimizer {self.optimizer}"))
-        obey(
-            self, **{**unused, **{name: rules[name] for name in OPTIMIZER.get(self.optimizer, {})}}
-        )
-        most = math.inf if self.lr_decay == "inverse" else 1
-        range_ = f"a number above 0 and at most {most}"
-        rate: Rule = (lambda v: type(v) is float and 0 < v <= most, range_)
-        fades = self.lr_decay in DECAY_RATE
-        obey(self, decay_rate=rate if fades else nothing(f"--lr-decay {self.lr_decay}"))
+        used = OPTIMIZER.get(self.optimizer, {})
+        unused = nothing(f"--optimizer {self.optimizer}")
+        obey(values, **{name: rule if name in used else unused for name, rule in rules.items()})
+        rates = dict.fromkeys(DECAY_RATE, AT_MOST_1) | {"inverse": POSITIVE}
+        none = nothing(f"--lr-decay {self.lr_decay}")
+        obey(values, decay_rate=rates.get(self.lr_decay, none))
 
 
 def configure(given: Mapping[str, Any]) -> Config:
     """Build a `Config` from the values given, and defaults that may depend on them."""
-    names = {"model": "mlp", "optimizer": "adam", "lr_decay": "exponential", **given}
-    defaults = {
+    names = {"model": "mlp", "norm": "batch", "optimizer": "adam", "lr_decay": "exponential"}
+    names |= given
+    obey(names, **NAMES)  # the defaults are looked up by them
+    defaults: dict[str, Any] = {
         "data": "digits",
-        "data_dir": str(Path("fashion-mnist").resolve()),
-        "norm": "batch",
+        "data_dir": absolute("fashion-mnist"),
         "zero_gamma": False,
-        "hidden": HIDDEN.get(names["model"]),
-        "lr": LR.get(names["optimizer"]),
+        "hidden": HIDDEN[names["model"]],
+        "lr": LR[names["optimizer"]],
         **dict.fromkeys(("momentum", "beta1", "beta2", "eps")),
         **OPTIMIZER.get(names["optimizer"], {}),
         "decay_rate": DECAY_RATE.get(names["lr_decay"]),
         "batch_size": 32,
-        "epochs": EPOCHS.get(names["model"]),
+        "epochs": EPOCHS[names["model"]],
         "seed": 0,
     }
     return Config(**{**defaults, **names})
@@ -188,7 +197,10 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict) or not fields.keys() <= set(known):
         raise DemoError(f"--config {path}: expected an object with some of {', '.join(known)}")
     # JSON has lists for tuples, and integers for floats.
-    fields |= {name: float(v) for name, v in fields.items() if name in FLOATS and type(v) is int}
+    for name in FLOATS:
+        if type(fields.get(name)) is int:
+            with suppress(OverflowError):  # stays an integer, which is refused as such
+                fields[name] = float(fields[name])
     if isinstance(fields.get("hidden"), list):
         fields["hidden"] = tuple(fields["hidden"])
     return fields
@@ -388,9 +400,21 @@ def layer_sizes(config: Config, data: Data) -> list[int]:
     return [n_in, *config.hidden, data.classes]
 
 
+def memory() -> int:
+    """Return how many bytes of memory there are, as far as the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
+
+
 def build(config: Config, data: Data, rng: np.random.Generator) -> Sequential:
     """Build the network."""
     sizes = layer_sizes(config, data)
+    # A weight and its gradient are float32. What else there is takes more, but is told less easily.
+    if 8 * sum(n_in * n_out for n_in, n_out in pairwise(sizes)) > memory():
+        words = f"a network that fits into the memory, {memory() / 1e9:.3g} GB"
+        raise DemoError(f"--hidden: expected {words}, got {','.join(map(str, config.hidden))}")
     if config.model == "mlp":
         return mlp(sizes, norm=config.norm, rng=rng)
     return resnet(sizes, norm=config.norm, zero_gamma=config.zero_gamma, rng=rng)

@@ -30,7 +30,7 @@ import numpy as np
 
 from fastbn.demo import DemoError, require
 from fastbn.demo.checkpoint import load_checkpoint, merge
-from fastbn.demo.curves import draw
+from fastbn.demo.curves import check_drawing, draw
 from fastbn.demo.data import load
 from fastbn.demo.files import one_line, refusals
 from fastbn.demo.log import NAME, Log, Nudge, write_text
@@ -181,23 +181,24 @@ class Run:
     def renew(self) -> None:
         """Renew the picture and the table of the curves, delete what is not kept."""
         kept = {checkpoint(self.folder, epoch) for epoch in self.log.keep()}
-        for path in {*self.folder.glob("epoch-*.safetensors")} - kept:
-            if re.fullmatch(r"epoch-\d{4,}", path.stem):
-                path.unlink()
         marks: dict[tuple[int, bool], list[str]] = {}
         for epoch, nudge, undone in self.log.marks:
             marks.setdefault((epoch, undone), []).extend(str(nudge).split(", "))
-        draw(
-            self.folder / "curves.png",
-            [self.trainer],
-            lr=self.log.config.lr,
-            marks=[(epoch, "\n".join(t), undone) for (epoch, undone), t in marks.items()],
-            undone=self.log.undone,
-        )
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(self.log.rows)
+        with refusals(self.folder):
+            for path in {*self.folder.glob("epoch-*.safetensors")} - kept:
+                if re.fullmatch(r"epoch-\d{4,}", path.stem):
+                    path.unlink()
+            draw(
+                self.folder / "curves.png",
+                [self.trainer],
+                lr=self.log.config.lr,
+                marks=[(epoch, "\n".join(t), undone) for (epoch, undone), t in marks.items()],
+                undone=self.log.undone,
+            )
         write_text(self.folder / "curves.csv", text.getvalue())
 
 
@@ -215,11 +216,11 @@ def start(folder: Path, config: Config) -> Trainer:
     run = Run(folder, Log(folder / NAME, config))
     with refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _expect_empty(folder)
-        with _locked(folder / "lock", PATIENCE):
-            _expect_empty(folder)  # another process may have come first
-            run.log.write()
-            run.train()
+    _expect_empty(folder)
+    with _locked(folder / "lock", PATIENCE):
+        _expect_empty(folder)  # another process may have come first
+        run.log.write()
+        run.train()
     return run.trainer
 
 
@@ -241,11 +242,11 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Trainer:
         another configuration is asked for.
     """
     _require_all()
-    with _opened(folder) as run, refusals(folder):
+    with _opened(folder) as run:
         epochs = merge(run.log.config, given, run.log.path).epochs
         if not run.log.ended or run.log.next_epoch <= epochs:
             for path in folder.glob(".*.tmp"):  # left by write_atomically in a killed process
-                if re.fullmatch(r"\.(epoch-\d+|curves|log)\.\w+\.[\d.]+\.tmp", path.name):
+                if re.fullmatch(r"\.(epoch-\d+|curves|log)\.\w+\.[\da-f.]+\.tmp", path.name):
                     path.unlink()
             run.log.add("resume", epochs=epochs)
             run.trainer.config = dataclasses.replace(run.trainer.config, epochs=epochs)
@@ -307,7 +308,7 @@ def send(folder: Path, nudge: Nudge) -> bool:
             trains = False
     except BusyError:
         trains = True
-    with _locked(folder / "nudges.lock"), refusals(folder):
+    with _locked(folder / "nudges.lock"):
         log = Log.read(folder)
         check(nudge, log, folder)
         lines = [line.decode(errors="replace") for line in _nudges(folder)]
@@ -382,7 +383,7 @@ def _expect_empty(folder: Path) -> None:
 
 
 def _require_all() -> None:
-    require("matplotlib")
+    check_drawing()
     require("safetensors", extra="io")
 
 
