@@ -50,7 +50,7 @@ def killed(params):
     return bowl(params)
 
 
-class Unspeakable(Exception):
+class UnspeakableError(Exception):
     """Cannot say what is wrong."""
 
     def __str__(self):
@@ -58,7 +58,7 @@ class Unspeakable(Exception):
 
 
 def unspeakable(params):
-    raise Unspeakable
+    raise UnspeakableError
 
 
 def _interrupt():

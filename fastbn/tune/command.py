@@ -15,7 +15,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,7 +28,7 @@ from fastbn.tune.rounds import SAMPLERS, Objective, ranked
 from fastbn.tune.search import Result, search, told, tuned_of
 from fastbn.tune.show import listed
 from fastbn.tune.space import Scale, tiers_of
-from fastbn.tune.storage import absolute, raised_by_objective
+from fastbn.tune.storage import raised_by_objective
 
 OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "trials": (int, "N", "on all machines together (default: 40)"),
@@ -95,20 +95,18 @@ def _run(
     also: Sequence[str] = (),
     seed: int = 0,
     out: Path = Path("tune"),
-    storage: str | None = None,
     **given: Any,
 ) -> None:
     for module in ("optuna", "rich", "matplotlib"):
         require(module, "tune")
-    folder = out.absolute()  # the objective, and its module, may go elsewhere
-    storage = str(folder / "journal") if storage is None else storage and absolute(storage)
     fields = {field.name for field in dataclasses.fields(Config)}
     fixed = {name: given.pop(name) for name in list(given) if name in fields}
     function: Objective
     if objective is not None:
         for name in (*fixed, *(("also",) if also else ())):
             raise DemoError(f"{option(name)}: cannot be used with MODULE:FUNCTION")
-        function, tiers, start = _imported(objective)
+        with chdir("."):  # the module, and the objective, may go elsewhere
+            function, tiers, start = _imported(objective)
     else:
         if seed:
             fixed["seed"] = seed
@@ -118,23 +116,24 @@ def _run(
         network.networks(network.config_of(demo, start))  # what is wrong with them is found out
         function = network.ValidationLoss(demo)
     with refusals(f"--out {out}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder / "best.json", option="--out")
-    given = {"trials": 40, **given}
+        out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "best.json", option="--out")
+    given = {"trials": 40, "storage": str(out / "journal"), **given}
     print(_what_is_tuned(tiers, given["trials"]), flush=True)
-    result = search(function, tiers, start=start, seed=seed, storage=storage, **given)
+    with chdir("."):
+        result = search(function, tiers, start=start, seed=seed, **given)
     _tell(result)
     if objective is None:
         chosen = network.config_of(demo, result.best)
         best = dataclasses.asdict(chosen)
         if "data_dir" not in fixed:
             del best["data_dir"]  # a folder of this machine
-        files = report.write(folder, result, best, "validation loss")
+        files = report.write(out, result, best, "validation loss")
         _test({"the chosen": chosen, "the default": network.default_of(fixed, start)})
         train = shlex.join([*FASTBN, "train", "--config", str(out / "best.json")])
         print(f"train it: {train}")
     else:
-        files = report.write(folder, result, result.best)
+        files = report.write(out, result, result.best)
     print(f"written to {out}: {', '.join(file.name for file in files)}")
 
 

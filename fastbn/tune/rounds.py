@@ -213,9 +213,8 @@ class Round:
         state = trial.state.name.lower() if trial else "failed"
         if trial is None and not _given_up(failed):
             return Record(number, self.index + 1, "waiting", attempts=attempts)
-        reason = (
-            "" if trial else next(f.user_attrs["lost"] for f in failed if "lost" in f.user_attrs)
-        )
+        lost = [f.user_attrs["lost"] for f in failed if "lost" in f.user_attrs]
+        reason = "" if trial else lost[-1]
         trial = trial or failed[-1]
         drawn = {n: s.decode(trial.params[s.key(n)]) for n, s in self.box.items()
                  if s.key(n) in trial.params}  # fmt: skip

@@ -311,7 +311,8 @@ def _work(plan: Plan, url: str | None, name: str, messages: Connection) -> None:
         ours = isinstance(error, DemoError) and not raised_by_objective(error)
         why = error if ours else told(error)
         trace = "".join(getattr(why, "__notes__", ()))
-        messages.send((isinstance(error, Exception), str(why), trace))
+        with suppress(OSError):  # the parent is dead
+            messages.send((isinstance(error, Exception), str(why), trace))
 
 
 def _parent() -> BaseProcess:
