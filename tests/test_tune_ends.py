@@ -7,7 +7,6 @@ import csv
 import ctypes
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from tune_objectives import wait_until
 
 for module in ("optuna", "rich", "sklearn", "matplotlib"):
     pytest.importorskip(module)
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+resource = pytest.importorskip("resource")  # and the signals that Windows has not
 
 # Workers that are gone count as dead soon.
 HASTY = """

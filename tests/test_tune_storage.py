@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 import sys
 import threading
 import time
@@ -120,6 +119,7 @@ def test_names_are_right_in_any_folder(tmp_path, monkeypatch):
 @contextmanager
 def files_of_at_most(size):
     """Let writes beyond a size fail, as on a full disk: the last one is cut."""
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -113,7 +113,7 @@ def test_what_ends_a_worker_counts_against_its_trial(ways, reason, tmp_path):
     with pytest.raises(DemoError) as caught:
         quiet(objective, trials=1, workers=2)
     assert str(caught.value) == (
-        "objective: 1 of 1 trials were given up, each after 3 of its workers were ended, at last"
+        "objective: trials given up: 1, each after 3 of its workers were ended, at last"
         f" by {reason}; no other gave a finite number"
     )
     assert len(begun(tmp_path / "log")) == 3
@@ -121,7 +121,7 @@ def test_what_ends_a_worker_counts_against_its_trial(ways, reason, tmp_path):
 
 def test_a_search_all_of_whose_workers_end_is_over_soon(tmp_path):
     objective = Ending(str(tmp_path / "log"), ("exits",))
-    with pytest.raises(DemoError, match=r"objective: 3 of 100 trials were given up, .*: no GPU"):
+    with pytest.raises(DemoError, match=r"objective: trials given up: 3, .*: no GPU"):
         quiet(objective, trials=100, workers=2)
     assert len(begun(tmp_path / "log")) <= 10  # three trials, three times, and one was begun
 

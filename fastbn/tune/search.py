@@ -231,7 +231,7 @@ def _no_value(records: Sequence[Record]) -> DemoError:
         expected = "objective: expected a finite number, got none"
         return DemoError(f"{expected} in {len(records)} trials")
     reasons = ", ".join(dict.fromkeys(record.reason for record in failed))
-    given_up = f"objective: {len(failed)} of {len(records)} trials were given up"
+    given_up = f"objective: trials given up: {len(failed)}"
     ended = f"each after {ATTEMPTS} of its workers were ended, at last by {reasons}"
     return DemoError(f"{given_up}, {ended}; no other gave a finite number")
 
@@ -284,7 +284,7 @@ def told(error: BaseException, who: str = "worker") -> DemoError:
     if not text.startswith("objective: "):
         text = ": ".join(filter(None, (who, type(error).__name__, text)))
     result = DemoError(text)
-    if tb:
+    if tb or isinstance(error, SyntaxError):  # which tells its line by itself
         result.add_note("".join(whole.format()))
     return result
 
@@ -367,7 +367,7 @@ def _supervise(
                 process = alive.pop(messages)
                 messages.close()
                 _end(process)
-                reason = text.removeprefix("objective: ") or _reason(process.exitcode)
+                reason = text.partition(": ")[2] or _reason(process.exitcode)
                 if search.release(process.name, reason) or reason == _reason(0):
                     idle_deaths = 0
                 else:
