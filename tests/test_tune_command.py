@@ -332,7 +332,7 @@ def test_an_error_of_the_objective_comes_with_its_traceback(name, message, worke
     lines = err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert re.search(rf'mine.py", line \d+, in {name}$', lines[1])  # of the user's code alone
-    assert lines[-2].startswith("raised by the objective with {'lr': ")
+    assert lines[-2].startswith("raised by the objective with {'")
     assert lines[-1] == f"fastbn tune: error: objective: {message}"
 
 

@@ -139,7 +139,7 @@ def test_an_error_of_the_objective_in_a_worker():
     [trace] = caught.value.__notes__
     assert "tune_objectives.py" in trace
     assert "rounds.py" not in trace
-    assert re.search(r"\nraised by the objective with \{'lr': .*\}\n", trace)
+    assert re.search(r"\nraised by the objective with \{.*'lr': .*\}\n", trace)
 
 
 PARENT = """
