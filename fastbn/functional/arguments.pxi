@@ -9,6 +9,9 @@ cdef enum:
 
 cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
 
+# What stands for bfloat16 in arrays of those who have the bits but may not have ml_dtypes.
+BFLOAT16_BITS = np.dtype([("bfloat16", np.uint16)])
+
 
 cdef int type_of(cnp.ndarray array):
     """Return the Type of the elements, in either byte order, or OTHER."""
@@ -22,6 +25,8 @@ cdef int type_of(cnp.ndarray array):
         return FLOAT16
     if number == bfloat16_number or array.dtype.name == "bfloat16":
         bfloat16_number = number
+        return BFLOAT16
+    if number == cnp.NPY_VOID and array.dtype == BFLOAT16_BITS:
         return BFLOAT16
     return OTHER
 

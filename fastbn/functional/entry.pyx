@@ -172,6 +172,19 @@ def moments_of(x, axis):
     return cache.moments
 
 
+def restored(x, axis, group_size, tuple state):
+    """Make the cache of a forward pass again, from the same x and what `Cache.state` was."""
+    cdef Cache cache = Cache.__new__(Cache)
+    place_x(cache, as_floats(x, "x"), axis)
+    if group_size is not None:
+        form_groups(cache, axis, group_size)
+    (
+        cache.statistics, cache.signs, cache.first_bit, cache.count, cache.fixed, cache.residual,
+        cache.activated, cache.slope, cache.eps,
+    ) = state
+    return cache
+
+
 # --------------------------------------------------------------------------------------- backward
 
 
