@@ -70,19 +70,18 @@ def _normalize(
     """Normalise x by its own statistics (those of each example) or by mean and var."""
     if activation is not None:
         checks.activation(activation)
-    if residual is not None:
-        _check_residual(residual, x)
+    if not isinstance(residual, Tensor | None):
+        raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
     each = each and own
     compiling = torch.compiler.is_compiling()
     if not (
-        _fits(x, each, own, mean, var, weight, bias, residual)
+        fits(x, own, mean, var, weight, bias, residual)
+        and x.numel() > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
         and 0 < eps < inf
-        and not (is_exporting() if compiling else _is_transformed())
+        and not (is_exporting() if compiling else is_transformed())
     ):
         y = of_torch(x, mean, var, weight, bias, own, momentum, eps)
-        if residual is not None:
-            y = y + residual
-        return y if activation is None else getattr(torch.nn.functional, activation)(y)
+        return followed_by(y, residual, activation)
     if compiling or torch._C._len_torch_dispatch_stack():
         return library.normalize(
             x, weight, bias, mean, var, own, residual, each, momentum, eps, activation
@@ -96,9 +95,7 @@ def _normalize(
     given = (None, None) if own else (mean, var)
     group = 1 if each else None
     y, out = arrays.result_like(x, arrays.as_array(x))
-    cache = arrays.forward(
-        x, weight, bias, *given, residual, group, eps, activation, keep, out
-    )
+    cache = arrays.forward(x, weight, bias, *given, residual, group, eps, activation, keep, out)
     if own and mean is not None and var is not None:
         arrays.update_running(cache, mean, var, momentum)
     if keep:
@@ -106,17 +103,14 @@ def _normalize(
     return y
 
 
-def _check_residual(residual: Any, x: Tensor) -> None:
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual: expected {x.dtype}, as input has, got {residual.dtype}")
-    if residual.shape != x.shape:
-        shapes = tuple(x.shape), tuple(residual.shape)
-        raise ValueError(f"residual: expected shape {shapes[0]}, as input has, got {shapes[1]}")
+def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    """Add the residual to y, and apply the activation, by PyTorch's own functions."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else getattr(torch.nn.functional, activation)(y)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether tensors stand for something else: of torch.func, forward mode or a trace."""
     return (
         torch._C._are_functorch_transforms_active()
@@ -125,20 +119,20 @@ def _is_transformed() -> bool:
     )
 
 
-def _fits(
-    x: Tensor, each: bool, own: bool, mean: Tensor | None, var: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+def fits(
+    x: Tensor, own: bool, mean: Tensor | None, var: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None,
 ) -> bool:  # fmt: skip
     """Whether the kernels can take the tensors; where they cannot, PyTorch answers, or raises."""
     if not _is_plain(x) or x.dtype not in FLOATS or x.dim() < 2:
         return False
-    if residual is not None and not _is_plain(residual):
+    if residual is not None and not (
+        _is_plain(residual) and residual.shape == x.shape and residual.dtype is x.dtype
+    ):
         return False
     if (mean is None) != (var is None) or (mean is None and not own):
         return False
-    channels, size = x.shape[1], x.numel()
-    if size <= (channels * (x.shape[0] if each else 1) if own else 0):
-        return False
+    channels = x.shape[1]
     kind = None
     for each_of in (mean, var, weight, bias):
         if each_of is not None:
