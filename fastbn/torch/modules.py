@@ -28,6 +28,8 @@ class _Norm(nn.Module):
 
 
 class _BatchNorm(_Norm):
+    _batch_norm = staticmethod(batch_norm)  # SyncBatchNorm has another
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002
         self._check_input_dim(input)
         mean, var, weight = self.running_mean, self.running_var, self.momentum
@@ -39,7 +41,7 @@ class _BatchNorm(_Norm):
                 self.num_batches_tracked.add_(1)
                 if weight is None:
                     weight = 1.0 / float(self.num_batches_tracked)
-        return batch_norm(
+        return self._batch_norm(
             input, mean, var, self.weight, self.bias, own, 0.0 if weight is None else weight,
             self.eps, activation=self.activation, residual=residual,
         )  # fmt: skip
