@@ -8,9 +8,12 @@ import numpy as np
 
 cimport cython
 cimport numpy as cnp
+from cpython.exc cimport PyErr_Clear
+from cpython.object cimport PyObject, PyTypeObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_INCREF
 from libc.math cimport isfinite
-from libc.stdint cimport uint16_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
@@ -31,6 +34,7 @@ cnp.import_array()
 include "cache.pxi"
 include "arguments.pxi"
 include "results.pxi"
+include "tensors.pxi"
 
 cdef enum:
     # Below this many values a call ends before another thread could take the GIL.

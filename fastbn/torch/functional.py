@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 
@@ -12,12 +12,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastbn import checks
-from fastbn.functional import Activation
+from fastbn.functional import Activation, entry
 from fastbn.torch import arrays, library
 
-PLAIN = frozenset((Tensor, torch.nn.Parameter))
-SHORT = frozenset((torch.float16, torch.bfloat16))
-FLOATS = SHORT | {torch.float32, torch.float64}
+PLAIN = (Tensor, torch.nn.Parameter)
 
 is_exporting = getattr(torch.compiler, "is_exporting", bool)  # from PyTorch 2.7 on
 
@@ -70,19 +68,46 @@ def _normalize(
     """Normalise x by its own statistics (those of each example) or by mean and var."""
     if activation is not None:
         checks.activation(activation)
-    if not isinstance(residual, Tensor | None):
+    if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
-    each = each and own
-    compiling = torch.compiler.is_compiling()
-    if not (
-        fits(x, own, mean, var, weight, bias, residual)
-        and x.numel() > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
-        and 0 < eps < inf
-        and not (is_exporting() if compiling else is_transformed())
-    ):
+    y = None
+    if (mean is None) == (var is None) and (own or mean is not None):
+        each = each and own
+        if torch.compiler.is_compiling():
+            if not is_exporting() and fits(x, residual, weight, bias, mean, var):
+                if _enough(x.numel(), x.shape, each, own) and 0 < eps < inf:
+                    y = library.normalize(
+                        x, weight, bias, mean, var, own, residual, each, momentum, eps, activation
+                    )
+        else:
+            y = _eagerly(x, mean, var, weight, bias, own, each, momentum, eps, activation, residual)
+    if y is None:
         y = of_torch(x, mean, var, weight, bias, own, momentum, eps)
-        return followed_by(y, residual, activation)
-    if compiling or torch._C._len_torch_dispatch_stack():
+        y = followed_by(y, residual, activation)
+    return y
+
+
+def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    """Return what comes behind a norm of PyTorch's own."""
+    if residual is not None:
+        y = y + residual
+    if activation is not None:
+        y = getattr(torch.nn.functional, activation)(y)
+    return y
+
+
+def _eagerly(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    own: bool, each: bool, momentum: float, eps: float, activation: Activation,
+    residual: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """Return y, or None where PyTorch has to answer, or to raise."""
+    if _is_transformed():
+        return None
+    found = entry.arrays_of(x, residual, weight, bias, mean, var)
+    if found is None or not _enough(found[0].size, found[0].shape, each, own) or eps <= 0:
+        return None
+    if torch._C._len_torch_dispatch_stack():  # somebody watches the operators
         return library.normalize(
             x, weight, bias, mean, var, own, residual, each, momentum, eps, activation
         )
@@ -92,25 +117,20 @@ def _normalize(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-    given = (None, None) if own else (mean, var)
+    y, out = arrays.result_like(x, found[0])
     group = 1 if each else None
-    y, out = arrays.result_like(x, arrays.as_array(x))
-    cache = arrays.forward(x, weight, bias, *given, residual, group, eps, activation, keep, out)
+    try:
+        cache = arrays.forward(found, own, group, eps, activation, keep, out)
+    except (TypeError, ValueError):
+        return None
     if own and mean is not None and var is not None:
         arrays.update_running(cache, mean, var, momentum)
     if keep:
-        return _Norm.apply(x, weight, bias, residual, (y, group, cache.state))
+        y = _apply(x, weight, bias, residual, (y, group, cache.state))
     return y
 
 
-def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
-    """Add the residual to y, and apply the activation, by PyTorch's own functions."""
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else getattr(torch.nn.functional, activation)(y)
-
-
-def is_transformed() -> bool:
+def _is_transformed() -> bool:
     """Whether tensors stand for something else: of torch.func, forward mode or a trace."""
     return (
         torch._C._are_functorch_transforms_active()
@@ -119,34 +139,24 @@ def is_transformed() -> bool:
     )
 
 
-def fits(
-    x: Tensor, own: bool, mean: Tensor | None, var: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None,
-) -> bool:  # fmt: skip
-    """Whether the kernels can take the tensors; where they cannot, PyTorch answers, or raises."""
-    if not _is_plain(x) or x.dtype not in FLOATS or x.dim() < 2:
-        return False
-    if residual is not None and not (
-        _is_plain(residual) and residual.shape == x.shape and residual.dtype is x.dtype
-    ):
-        return False
-    if (mean is None) != (var is None) or (mean is None and not own):
-        return False
-    channels = x.shape[1]
-    kind = None
-    for each_of in (mean, var, weight, bias):
-        if each_of is not None:
-            if not _is_plain(each_of) or each_of.shape != (channels,):
-                return False
-            if kind is None:
-                kind = each_of.dtype
-            elif each_of.dtype is not kind:
-                return False
-    return kind is None or kind is x.dtype or (kind is torch.float32 and x.dtype in SHORT)
+def _enough(size: int, shape: Sequence[int], each: bool, own: bool) -> bool:
+    """Whether there is a value, or more than one for statistics of their own."""
+    return size > (shape[1] * (shape[0] if each else 1) if own else 0)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is torch.strided
+def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
+    """Do as `entry.arrays_of`, for tensors that torch.compile traces: tell whether all fit."""
+    given = [value for value in values if value is not None]
+    tensors = (x, *given) if residual is None else (x, residual, *given)
+    kinds = {value.dtype for value in given}
+    return (
+        all(type(t) in PLAIN and t.is_cpu and t.layout is torch.strided for t in tensors)
+        and x.dim() >= 2
+        and x.dtype in arrays.FLOATS
+        and (residual is None or (residual.dtype == x.dtype and residual.shape == x.shape))
+        and all(value.shape == (x.shape[1],) for value in given)
+        and (kinds <= {x.dtype} or (kinds == {torch.float32} and x.element_size() == 2))
+    )
 
 
 class _Norm(torch.autograd.Function):
@@ -168,11 +178,13 @@ class _Norm(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-    dx, out = arrays.result_like(x, arrays.as_array(x))
-    rest = arrays.backward(dy.resolve_neg(), x, ctx.group, ctx.state, out)
+    array = entry.array_of(x)
+    dx, out = arrays.result_like(x, array)
+    rest = arrays.backward(dy, x, array, ctx.group, ctx.state, out)
     weight, bias, residual = (*rest, None)[:3]
     needed = ctx.needs_input_grad
     return dx, weight if needed[1] else None, bias if needed[2] else None, residual, None
 
 
 _backward_once = once_differentiable(_backward)
+_apply = _Norm.apply

@@ -30,7 +30,7 @@ def _aligned_like(x: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Return x with no gaps, a tensor like it, and that one's memory, where a pack begins."""
     if torch.empty_like(x).stride() != x.stride():
         x = x.clone()
-    out = memory.empty_like(arrays.as_array(x))
+    out = memory.empty_like(entry.array_of(x))
     return x, arrays.as_tensor(out), out
 
 
@@ -40,10 +40,9 @@ def _normalize(
     residual: Tensor | None, each: bool, eps: float, activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, y, out = _aligned_like(x)
+    found = entry.arrays_of(x, residual, weight, bias, mean, var)
     group = 1 if each else None
-    cache = arrays.forward(
-        x, weight, bias, mean, var, residual, group, eps, activation, True, out
-    )
+    cache = arrays.forward(found, mean is None, group, eps, activation, True, out)
     statistics, signs, *_ = cache.state
     signs = np.empty(0, np.int16) if signs is None else signs.view(np.int16)
     return y, torch.from_numpy(statistics), torch.from_numpy(signs)
@@ -75,7 +74,7 @@ def _backward(
         statistics.numpy(), bits, 0, count, fixed, residual, bool(activation), SLOPES[activation],
         eps,
     )  # fmt: skip
-    rest = arrays.backward(dy, x, 1 if each else None, state, out)
+    rest = arrays.backward(dy, x, entry.array_of(x), 1 if each else None, state, out)
     return dx, rest[0], rest[1], rest[2] if residual else x.new_empty(0)
 
 
@@ -126,7 +125,7 @@ def normalize(
         count = x.numel() // (x.shape[1] * groups)
         rows = statistics.detach()[: 3 * groups].unflatten(0, (3, groups)).mean(1)
         unbiased = rows[2] * (count / (count - 1))
-        for running, batch in ((mean, rows[0]), (var, unbiased)):
-            running.copy_((1 - momentum) * running.double() + momentum * batch)
+        arrays.move(mean, rows[0], momentum)
+        arrays.move(var, unbiased, momentum)
     result: Tensor = y
     return result

@@ -28,7 +28,7 @@ class _Norm(nn.Module):
 
 
 class _BatchNorm(_Norm):
-    _batch_norm = staticmethod(batch_norm)
+    _batch_norm = staticmethod(batch_norm)  # SyncBatchNorm has another
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002
         self._check_input_dim(input)
