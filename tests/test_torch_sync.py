@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,32 +16,35 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("this PyTorch has no Gloo", allow_module_level=True)
 
 import torch_ranks  # noqa: E402
+from test_docs import blocks_of  # noqa: E402
 from torch_ranks import CASES, STEPS, arrays_of, parameters  # noqa: E402
 
 import fastbn.torch  # noqa: E402
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+if Path("/sys/class/net/lo").exists():
+    ENVIRONMENT["GLOO_SOCKET_IFNAME"] = "lo"
 
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, tmp_path_factory):
-    """Return what each of 2, or of 3, processes has found."""
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Return what each of three processes has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if Path("/sys/class/net/lo").exists():
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
     processes = [
         subprocess.Popen(
-            [sys.executable, torch_ranks.__file__, str(rank), str(request.param), folder],
-            env=environment, stderr=subprocess.PIPE, text=True,
+            [sys.executable, torch_ranks.__file__, str(rank), folder],
+            env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(request.param)
+        for rank in range(3)
     ]  # fmt: skip
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     assert not any(process.returncode for process in processes), "\n".join(errors)
-    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(request.param)]
+    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(3)]
 
 
 def of_one_process(name):
@@ -66,13 +70,15 @@ def of_one_process(name):
     return {key: value.detach().numpy() for key, value in found.items() if value is not None}
 
 
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_parts_give_what_the_whole_gives(ranks, name):
+def test_parts_give_what_the_whole_gives(ranks, name, count):
     error = 1e-2 if name == "bfloat16" else 1e-12 if name == "double" else 2e-6
     wanted = of_one_process(name)
+    about = f"{count}.{name}."
     found = [
-        {key.removeprefix(f"{name}."): value for key, value in each.items() if f"{name}." in key}
-        for each in ranks
+        {key.removeprefix(about): value for key, value in each.items() if key.startswith(about)}
+        for each in ranks[:count]
     ]
     assert found[0].keys() - {"num_batches_tracked"} <= wanted.keys()
     assert ("dresidual0" in found[0]) == (name == "fused")
@@ -99,15 +105,6 @@ def test_too_few_values_in_all_processes_are_refused_in_each(ranks):
 def test_what_could_not_be_synchronised_is_refused(ranks):
     for each in ranks:
         assert str(each["integers"]).startswith("input: expected a dense tensor of float16")
-
-
-def test_only_the_processes_of_a_group_share_a_minibatch(ranks):
-    for rank, each in enumerate(ranks):
-        if rank < 2:
-            wanted = np.full((2, 3), 2 * rank - 1)
-            np.testing.assert_allclose(each["grouped"], wanted, atol=1e-6)
-        else:
-            assert "grouped" not in each
 
 
 def test_ddp_trains_a_converted_model_as_one_process_trains_it(ranks):
@@ -157,3 +154,17 @@ def test_wrong_inputs_raise_as_those_of_torch_do(x, message):
     for norm in (fastbn.torch.SyncBatchNorm(3), torch.nn.SyncBatchNorm(3)):
         with pytest.raises(ValueError, match=message):
             norm(x)
+
+
+def test_the_script_of_the_page_runs_under_torchrun(tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "torch.md"
+    (tmp_path / "train.py").write_text(blocks_of(page, "python")[1])
+    [command] = re.findall("^    torchrun (.+)$", page.read_text(), re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command.split()],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"process (\d): (\S+)", done.stdout))
+    assert found.keys() == {"0", "1"}
+    assert found["0"] == found["1"]

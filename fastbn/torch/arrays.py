@@ -59,7 +59,7 @@ def forward(
     follow_num_threads(torch.get_num_threads())
     x, residual, *values = arrays
     if x.itemsize == 2:
-        values = map(_wide, values)
+        values = map(wide, values)
     gamma, beta, mean, var = values
     statistics = None if own else (mean, var)
     return entry.forward(
@@ -67,7 +67,7 @@ def forward(
     )[1]
 
 
-def _wide(values: Any) -> Any:
+def wide(values: Any) -> Any:
     """Return what NumPy can read, where it is bfloat16."""
     if values is None or values.dtype != entry.BFLOAT16_BITS:
         return values
@@ -80,12 +80,17 @@ def backward(
     """Write the gradient of x into out; return those of weight, bias and the residual, if any."""
     follow_num_threads(torch.get_num_threads())
     cache = entry.restored(array, 1, group, state)
+    return [as_tensor(each) for each in entry.backward(gradient(dy, x), cache, out)[1:]]
+
+
+def gradient(dy: Tensor, x: Tensor) -> Array:
+    """Return the gradient of y as an array, in memory as x is."""
     if dy.stride() != x.stride() or dy.is_neg():
         dy = torch.empty_like(x).copy_(dy)
     given = entry.array_of(dy)
     if given is None:
         raise RuntimeError(f"grad_output: expected a Tensor like the output, got {type(dy)}")
-    return [as_tensor(each) for each in entry.backward(given, cache, out)[1:]]
+    return given
 
 
 def update_running(cache: entry.Cache, mean: Tensor, var: Tensor, momentum: float) -> None:

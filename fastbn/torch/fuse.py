@@ -78,7 +78,7 @@ def fused_norms(model: nn.Module) -> set[nn.Module]:
 def separate(model: nn.Module) -> None:
     """Undo `fuse`."""
     for norm in fused_norms(model):
-        norm.activation = None  # type: ignore[assignment]
+        del norm.activation
     for each in model.modules():
         if isinstance(each, _Fused):
             each.__class__ = _class_before(each)
@@ -91,17 +91,17 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    def is_leaf_module(self, *_: Any) -> bool:
         return True
 
 
 def _traced(module: nn.Module) -> fx.Graph | None:
     """Return what the forward of a module does, if it is the same for all inputs and modes."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    if "forward" in module.__dict__:  # in the way of what its class has
+        return None
+    parameters = inspect.signature(module.forward).parameters.values()
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if any(p.kind != plain or p.default is not p.empty for p in parameters):
-        return None
-    if "forward" in module.__dict__:
         return None
     before, graphs = module.training, []
     try:
@@ -122,9 +122,9 @@ def _fuse_calls(module: nn.Module, norms: Container[str]) -> set[str]:
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     fused = set()
     for node in list(graph.nodes):
-        if node.op == "call_module" and node.target in norms and calls[node.target] == 1:
-            if _fuse_call(module, node):
-                fused.add(node.target)
+        once = node.op == "call_module" and calls[node.target] == 1
+        if once and node.target in norms and _fuse_call(module, node):
+            fused.add(node.target)
     if fused:
         for name in fused:
             module.get_submodule(name).activation = "relu"  # type: ignore[assignment]

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from fastbn.functional import Activation, entry
 from fastbn.functional.parts import merge_packed, packed
 from fastbn.runtime.pool import follow_num_threads
-from fastbn.torch.arrays import as_array, as_parameter, as_tensor, update_running
-from fastbn.torch.functional import batch_norm, fits, followed_by, is_transformed
+from fastbn.torch.arrays import as_tensor, gradient, update_running, wide
+from fastbn.torch.functional import batch_norm, followed_by
 from fastbn.torch.modules import _BatchNorm
 
 Row = NDArray[np.float64]
@@ -94,14 +94,6 @@ class SyncBatchNorm(_BatchNorm, nn.modules.batchnorm._BatchNorm):
                 x, mean, var, weight, bias, own, momentum, eps, activation=activation,
                 residual=residual,
             )  # fmt: skip
-        if not fits(x, True, mean, var, weight, bias, None) or is_transformed():
-            raise TypeError(
-                "input: expected a dense tensor of float16, bfloat16, float32 or float64, and "
-                f"parameters of its dtype or float32, got {x.dtype} of {x.layout}"
-            )
-        if residual is not None and not fits(x, True, None, None, None, None, residual):
-            y = _normalize(x, mean, var, weight, bias, momentum, eps, None, None, group)
-            return followed_by(y, residual, activation)
         return _normalize(x, mean, var, weight, bias, momentum, eps, activation, residual, group)
 
 
@@ -119,21 +111,33 @@ def _normalize(
     residual: Tensor | None, group: Any,
 ) -> Tensor:  # fmt: skip
     """Normalise x by the statistics of all processes of a group, and update mean and var."""
+    found = entry.arrays_of(x, None, weight, bias, mean, var)
+    if found is None:
+        raise TypeError(
+            "input: expected a dense tensor of float16, bfloat16, float32 or float64, and "
+            f"parameters of its dtype or float32, got {x.dtype} of {x.layout}"
+        )
+    array, gamma, beta = found[0], *map(wide, found[2:4])
+    addend = None if residual is None else entry.array_of(residual)
+    if residual is not None and (
+        addend is None or addend.shape != array.shape or addend.dtype != array.dtype
+    ):  # what PyTorch may add, by its own rules
+        y = _normalize(x, mean, var, weight, bias, momentum, eps, None, None, group)
+        return followed_by(y, residual, activation)
     follow_num_threads(torch.get_num_threads())
-    array, addend = as_array(x), None if residual is None else as_array(residual)
     moments = merge_packed(_gathered(packed(entry.moments_of(array, 1)), group))
     if moments.count < 2:  # in all processes alike
         raise ValueError(
             f"Expected more than 1 value per channel when training, got {moments.count} in all "
             f"processes together, here input size {x.size()}"
         )
+    keep = torch.is_grad_enabled()
     y, cache = entry.forward(
-        array, moments, as_parameter(weight), as_parameter(bias), 1, eps, activation, addend, None,
-        None, None, torch.is_grad_enabled(),
-    )  # fmt: skip
+        array, moments, gamma, beta, 1, eps, activation, addend, None, None, None, keep
+    )
     if mean is not None and var is not None:
         update_running(cache, mean, var, momentum)
-    if not torch.is_grad_enabled():
+    if not keep:
         return as_tensor(y)
     done = as_tensor(y), cache.state, group
     result: Tensor = _Synchronised.apply(x, weight, bias, residual, done)
@@ -144,8 +148,8 @@ class _Synchronised(torch.autograd.Function):
     """What has been computed, as a node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, done: Any) -> Tensor:
-        y, ctx.state, ctx.group = done
+    def forward(ctx: Any, x: Tensor, *others: Any) -> Tensor:
+        y, ctx.state, ctx.group = others[-1]
         ctx.save_for_backward(x)
         result: Tensor = y
         return result
@@ -155,12 +159,11 @@ class _Synchronised(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,), needed = ctx.saved_tensors, ctx.needs_input_grad
         follow_num_threads(torch.get_num_threads())
-        cache = entry.restored(as_array(x), 1, None, ctx.state)
-        gradient = as_array(dy)
-        dgamma, dbeta = sums = entry.backward_reduce(gradient, cache)
+        cache, given = entry.restored(entry.array_of(x), 1, None, ctx.state), gradient(dy, x)
+        dgamma, dbeta = sums = entry.backward_reduce(given, cache)
         if needed[0]:  # in all processes or in none, as the others wait for the message
             sums = _gathered(np.concatenate(sums), ctx.group).sum(axis=0).reshape(2, -1)
-        results = entry.backward_apply(gradient, cache, sums[0], sums[1], None)
+        results = entry.backward_apply(given, cache, sums[0], sums[1], None)
         dx, dresidual = results if isinstance(results, tuple) else (results, None)
         return (
             as_tensor(dx) if needed[0] else None,
