@@ -121,7 +121,8 @@ def array(name: str, value: ArrayLike, of: str = "numbers") -> Array:
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
         # NumPy refuses another device, a type that it lacks, a tensor that requires a gradient.
         with suppress(BufferError, RuntimeError, TypeError, ValueError):
-            return np.from_dlpack(value)
+            foreign: Any = value
+            return np.from_dlpack(foreign)
     try:
         return np.asarray(value)
     except ValueError as error:  # nested lists of unequal lengths

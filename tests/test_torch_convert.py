@@ -298,6 +298,26 @@ class HookedRelu(Unfused):
         return self.relu(self.norm(x))
 
 
+class Keeping(Unfused):
+    def forward(self, x):
+        self.kept = self.norm(x)
+        return self.relu(self.kept)
+
+
+class Subtraction(nn.Module):
+    def forward(self, x, y):
+        return x - y
+
+
+class NamedAdd(Unfused):
+    def __init__(self, *_):
+        super().__init__()
+        self.add = Subtraction()
+
+    def forward(self, x):
+        return self.relu(self.add(self.norm(self.conv(x)), x))
+
+
 class Patched(Unfused):
     def __init__(self, *_):
         super().__init__()
@@ -314,6 +334,7 @@ def test_what_would_change_the_result_is_not_fused(kind):
     wanted = copy.deepcopy(model)
     convert(model, fuse=True)
     assert fused_in(model) == {}
+    assert model.__dict__.keys() == wanted.__dict__.keys()
     assert_same(model, wanted, torch.randn(4, 3, 5, 5))
 
 
@@ -335,7 +356,7 @@ class Method(Unfused):
 
 class Reversed(Unfused):
     def forward(self, x):
-        return nn.functional.relu(x + self.norm(self.conv(x)))
+        return nn.functional.relu(input=x + self.norm(self.conv(x)))
 
 
 class Broadcast(Unfused):

@@ -79,7 +79,7 @@ def convert(module: M, sync: bool = False, process_group: Any = None, fuse: bool
     for each in module.modules():
         if each in batch_norms:
             if batch_norms[each] is not nn.SyncBatchNorm:
-                each._converted_from = batch_norms[each]  # type: ignore[assignment]
+                each._converted_from = batch_norms[each]
             each.__class__ = SyncBatchNorm
             each.process_group = process_group
         elif type(each) in OURS:

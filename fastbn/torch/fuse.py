@@ -46,8 +46,7 @@ def _subclass(of: type, **members: Any) -> type:
 
 
 def _not_yet_fused(of: type) -> nn.Module:
-    kind = _subclass(of)
-    module: nn.Module = kind.__new__(kind)
+    module: nn.Module = object.__new__(_subclass(of))
     return module
 
 
@@ -103,15 +102,20 @@ def _traced(module: nn.Module) -> fx.Graph | None:
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if any(p.kind != plain or p.default is not p.empty for p in parameters):
         return None
-    before, graphs = module.training, []
+    before, graphs, members = module.training, [], dict(module.__dict__)
     try:
-        for module.training in (True, False):
+        for mode in (True, False):
+            module.training = mode
             graphs.append(_Tracer().trace(module))
     except Exception:  # whatever code that meets a Proxy for a tensor raises
         return None
     finally:
         module.training = before
-    return graphs[0] if str(graphs[0]) == str(graphs[1]) else None
+        changed = module.__dict__ != members  # by forward, which keeps something
+        module.__dict__.update(members)
+        for name in module.__dict__.keys() - members.keys():
+            del module.__dict__[name]
+    return graphs[0] if str(graphs[0]) == str(graphs[1]) and not changed else None
 
 
 def _fuse_calls(module: nn.Module, norms: Container[str]) -> set[str]:
@@ -127,10 +131,10 @@ def _fuse_calls(module: nn.Module, norms: Container[str]) -> set[str]:
             fused.add(node.target)
     if fused:
         for name in fused:
-            module.get_submodule(name).activation = "relu"  # type: ignore[assignment]
+            module.get_submodule(name).activation = "relu"
         before = _class_before(module) if isinstance(module, _Fused) else type(module)
         forward = type(fx.GraphModule(module, graph)).forward
-        module._fused = frozenset(fused)  # type: ignore[assignment]
+        module._fused = frozenset(fused)
         module.__class__ = _subclass(before, forward=forward)
     return fused
 
@@ -140,20 +144,18 @@ def _fuse_call(module: nn.Module, norm: fx.Node) -> bool:
     if len(norm.args) != 1 or norm.kwargs:
         return False
     [x] = norm.args
-    last = _only_user(norm)
-    addend = _addend(module, norm, last) if last is not None else None
-    if addend is not None:
-        last = _only_user(last)
-    if last is None or not _is_relu(module, last):
+    total = _only_user(norm)
+    addend = _addend(module, norm, total)
+    relu = total if addend is None else _only_user(total)
+    if relu is None or not _is_relu(module, relu):
         return False
     if addend is None:
-        last.replace_all_uses_with(norm)
-        norm.graph.erase_node(last)
+        relu.replace_all_uses_with(norm)
+        norm.graph.erase_node(relu)
         return True
-    total = last.args[0]
-    with norm.graph.inserting_before(last):
-        last.replace_all_uses_with(norm.graph.call_module(norm.target, (x, addend)))
-    for node in (last, total, norm):
+    with norm.graph.inserting_before(relu):
+        relu.replace_all_uses_with(norm.graph.call_module(norm.target, (x, addend)))
+    for node in (relu, total, norm):
         norm.graph.erase_node(node)
     return True
 
@@ -169,9 +171,11 @@ def _is_relu(module: nn.Module, node: fx.Node) -> bool:
     return node.target in RELUS
 
 
-def _addend(module: nn.Module, norm: fx.Node, total: fx.Node) -> fx.Node | None:
+def _addend(module: nn.Module, norm: fx.Node, total: fx.Node | None) -> fx.Node | None:
     """Return what is added to the result of a norm, if the norm can be called that late."""
-    if total.target not in SUMS | SUMS_IN_PLACE or len(total.args) != 2 or total.kwargs:
+    if total is None or total.op == "call_module" or total.target not in SUMS | SUMS_IN_PLACE:
+        return None
+    if len(total.args) != 2 or total.kwargs:
         return None
     first, second = total.args
     addend = second if first is norm else first

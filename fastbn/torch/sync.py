@@ -155,11 +155,12 @@ class _Synchronised(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,), needed = ctx.saved_tensors, ctx.needs_input_grad
         follow_num_threads(torch.get_num_threads())
-        cache, given = entry.restored(entry.array_of(x), 1, None, ctx.state), gradient(dy, x)
+        array: Any = entry.array_of(x)
+        cache, given = entry.restored(array, 1, None, ctx.state), gradient(dy, x)
         dgamma, dbeta = sums = entry.backward_reduce(given, cache)
         if needed[0]:  # in all processes or in none, as the others wait for the message
             sums = _gathered(np.concatenate(sums), ctx.group).sum(axis=0).reshape(2, -1)
