@@ -24,6 +24,7 @@ ALLOWED = {
     "optim": {"checks", "hooks", "runtime"},
     "checkpoint": {"checks", "files"},
     "__init__": {"checkpoint", "functional", "kernels", "layers", "optim", "runtime"},
+    "torch": {"checks", "functional", "runtime"},
     "demo": {"", "checks", "files"},
     "tune": {"", "checks", "demo", "files"},
     "cli": {"", "checks", "demo", "files", "tune"},

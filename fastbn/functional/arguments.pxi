@@ -209,7 +209,7 @@ cdef cnp.ndarray check_like(object value, str name, cnp.ndarray x):
     """Return value as an array, of x's shape and dtype."""
     cdef cnp.ndarray given = as_floats(value, name)
     if not cnp.PyArray_Check(value):
-        given = given.astype(x.dtype)
+        given = given.astype(x.dtype, copy=False)
     if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x):
         raise TypeError(f"{name}: expected dtype {x.dtype}, as x has, got {given.dtype}")
     if not cnp.PyArray_SAMESHAPE(given, x):

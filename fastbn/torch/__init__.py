@@ -7,6 +7,7 @@ except ModuleNotFoundError as error:
         'fastbn.torch: expected PyTorch, which is not installed: pip install "fastbn[torch]"'
     ) from error
 
+from fastbn.torch.convert import convert, revert
 from fastbn.torch.functional import batch_norm, instance_norm
 from fastbn.torch.modules import (
     BatchNorm1d,
@@ -22,6 +23,7 @@ from fastbn.torch.modules import (
     LazyInstanceNorm2d,
     LazyInstanceNorm3d,
 )
+from fastbn.torch.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -36,6 +38,9 @@ __all__ = [
     "LazyInstanceNorm1d",
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
+    "SyncBatchNorm",
     "batch_norm",
+    "convert",
     "instance_norm",
+    "revert",
 ]
