@@ -146,16 +146,12 @@ def merged(means, lows, variances, counts):
     return moments
 
 
-cdef bint is_running(cnp.ndarray array, Py_ssize_t channels) except -1:
-    if (
+cdef bint is_running(cnp.ndarray array, Py_ssize_t channels):
+    """Whether running statistics can be updated where they are."""
+    return (
         cnp.PyArray_ISCARRAY(array)
         and cnp.PyArray_TYPE(array) in (cnp.NPY_FLOAT64, cnp.NPY_FLOAT32)
         and cnp.PyArray_SIZE(array) == channels
-    ):
-        return True
-    raise ValueError(
-        f"running statistics: expected contiguous float64 or float32, {channels} value(s), "
-        f"got {array.dtype}, shape {np.shape(array)}"
     )
 
 
@@ -179,8 +175,12 @@ def update_running(
     cdef double count = cache.count
     cdef double* batch_mean = row_of(cache, MEAN)
     cdef double* batch_var = row_of(cache, VAR)
-    is_running(mean, cache.channels)
-    is_running(var, cache.channels)
+    for array in (mean, var):
+        if not is_running(array, cache.channels):
+            raise ValueError(
+                f"running statistics: expected contiguous float64 or float32, {cache.channels} "
+                f"value(s), got {array.dtype}, shape {np.shape(array)}"
+            )
     if cache.groups > 1:
         moments = cache.moments
         count = moments.count

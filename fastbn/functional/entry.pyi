@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeAlias, final
 
@@ -47,7 +46,25 @@ def backward_reduce(dy: ArrayLike, cache: Cache) -> tuple[Array, Array]: ...
 def backward_apply(
     dy: ArrayLike, cache: Cache, dgamma: ArrayLike, dbeta: ArrayLike, out: Array | None
 ) -> Any: ...
-def know_tensors(tensor: type, parameter: type, slow: Callable[[Any], Array | None]) -> None: ...
+def know_tensors(tensor: type, parameter: type, from_array: Any, slow_ways: Any) -> None: ...
 def array_of(tensor: Any) -> Array | None: ...
 def arrays_of(x: Any, residual: Any, *values: Any) -> list[Any] | None: ...
+def forward_tensors(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    residual: Any,
+    own: bool,
+    each: bool,
+    eps: float,
+    activation: str | None,
+    keep: bool,
+    momentum: float | None = None,
+    out: Array | None = None,
+) -> tuple[Any, tuple[int | None, State]] | None: ...
+def backward_tensors(
+    dy: Any, x: Any, done: tuple[int | None, State], out: Array | None = None
+) -> tuple[Any, Any, Any, Any]: ...
 def use_kernels(module: ModuleType) -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbn import checks
 from fastbn.functional import Activation, entry
+from fastbn.runtime.pool import follow_num_threads
 from fastbn.torch import arrays, library
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -70,21 +71,31 @@ def _normalize(
         checks.activation(activation)
     if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
-    y = None
-    if (mean is None) == (var is None) and (own or mean is not None):
-        each = each and own
-        if torch.compiler.is_compiling():
-            if not is_exporting() and fits(x, residual, weight, bias, mean, var):
-                if _enough(x.numel(), x.shape, each, own) and 0 < eps < inf:
-                    y = library.normalize(
-                        x, weight, bias, mean, var, own, residual, each, momentum, eps, activation
-                    )
-        else:
-            y = _eagerly(x, mean, var, weight, bias, own, each, momentum, eps, activation, residual)
-    if y is None:
-        y = of_torch(x, mean, var, weight, bias, own, momentum, eps)
-        y = followed_by(y, residual, activation)
-    return y
+    each = each and own
+    given = mean is not None and var is not None
+    ours = given or (own and mean is None and var is None)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        ours = ours and not is_exporting() and fits(x, residual, weight, bias, mean, var)
+        if ours and has_enough(x, own, each) and 0 < eps < inf:
+            return library.normalize(
+                x, weight, bias, mean, var, residual, own, each, momentum, eps, activation
+            )
+    elif ours and not _is_transformed():
+        follow_num_threads(torch.get_num_threads())
+        keep = torch.is_grad_enabled() and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+        done = entry.forward_tensors(
+            x, weight, bias, mean, var, residual, own, each, eps, activation, keep, momentum
+        )
+        if done is not None:
+            y: Tensor = _apply(done, x, weight, bias, residual) if keep else done[0]
+            return y
+    y = of_torch(x, mean, var, weight, bias, own, momentum, eps)
+    return followed_by(y, residual, activation)
 
 
 def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
@@ -93,40 +104,6 @@ def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> T
         y = y + residual
     if activation is not None:
         y = getattr(torch.nn.functional, activation)(y)
-    return y
-
-
-def _eagerly(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    own: bool, each: bool, momentum: float, eps: float, activation: Activation,
-    residual: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """Return y, or None where PyTorch has to answer, or to raise."""
-    if _is_transformed():
-        return None
-    found = entry.arrays_of(x, residual, weight, bias, mean, var)
-    if found is None or not _enough(found[0].size, found[0].shape, each, own) or eps <= 0:
-        return None
-    if torch._C._len_torch_dispatch_stack():  # somebody watches the operators
-        return library.normalize(
-            x, weight, bias, mean, var, own, residual, each, momentum, eps, activation
-        )
-    keep = torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    )
-    y, out = arrays.result_like(x, found[0])
-    group = 1 if each else None
-    try:
-        cache = arrays.forward(found, own, group, eps, activation, keep, out)
-    except (TypeError, ValueError):
-        return None
-    if own and mean is not None and var is not None:
-        arrays.update_running(cache, mean, var, momentum)
-    if keep:
-        y = _apply(x, weight, bias, residual, (y, group, cache.state))
     return y
 
 
@@ -139,9 +116,9 @@ def _is_transformed() -> bool:
     )
 
 
-def _enough(size: int, shape: Sequence[int], each: bool, own: bool) -> bool:
-    """Whether there is a value, or more than one for statistics of their own."""
-    return size > (shape[1] * (shape[0] if each else 1) if own else 0)
+def has_enough(x: Tensor, own: bool, each: bool) -> bool:
+    """Whether there are values, and more than one for each statistic of their own."""
+    return x.numel() > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
 
 
 def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
@@ -163,11 +140,11 @@ class _Norm(torch.autograd.Function):
     """What has been computed, as a node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, done: Any) -> Tensor:
-        y, ctx.group, ctx.state = done
+    def forward(ctx: Any, done: Any, x: Tensor, *_: Tensor | None) -> Tensor:
+        y: Tensor
+        y, ctx.done = done
         ctx.save_for_backward(x)
-        result: Tensor = y
-        return result
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,13 +155,12 @@ class _Norm(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-    array = entry.array_of(x)
-    dx, out = arrays.result_like(x, array)
-    rest = arrays.backward(dy, x, array, ctx.group, ctx.state, out)
-    weight, bias, residual = (*rest, None)[:3]
+    follow_num_threads(torch.get_num_threads())
+    dx, dweight, dbias, dresidual = entry.backward_tensors(dy, x, ctx.done)
     needed = ctx.needs_input_grad
-    return dx, weight if needed[1] else None, bias if needed[2] else None, residual, None
+    return None, dx, dweight if needed[2] else None, dbias if needed[3] else None, dresidual
 
 
 _backward_once = once_differentiable(_backward)
-_apply = _Norm.apply
+# Without what torch.autograd.Function.apply does for torch.func, which is not active here.
+_apply = super(torch.autograd.Function, _Norm).apply

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastbn.functional import entry
 from fastbn.runtime import memory
+from fastbn.runtime.pool import follow_num_threads
 from fastbn.torch import arrays
 
 # each: whether each example has statistics of its own. statistics: the rows of a cache.
@@ -40,10 +41,16 @@ def _normalize(
     residual: Tensor | None, each: bool, eps: float, activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, y, out = _aligned_like(x)
-    found = entry.arrays_of(x, residual, weight, bias, mean, var)
-    group = 1 if each else None
-    cache = arrays.forward(found, mean is None, group, eps, activation, True, out)
-    statistics, signs, *_ = cache.state
+    follow_num_threads(torch.get_num_threads())
+    if var is not None and (var < 0).any():  # which PyTorch does not refuse
+        var = var.masked_fill(var < 0, torch.nan)
+    done = entry.forward_tensors(
+        x, weight, bias, mean, var, residual, mean is None, each, eps, activation, True,
+        None, out,
+    )  # fmt: skip
+    if done is None:
+        raise ValueError("fastbn::normalize: expected what fastbn.torch.batch_norm passes on")
+    statistics, signs, *_ = done[1][1]
     signs = np.empty(0, np.int16) if signs is None else signs.view(np.int16)
     return y, torch.from_numpy(statistics), torch.from_numpy(signs)
 
@@ -53,7 +60,7 @@ def _normalize_fake(
     x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, residual: Any, each: bool, eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = 4 * (x.shape[0] if each else 1) + 1
+    rows = 3 * (x.shape[0] if each else 1) + 2
     signs = 0 if activation is None else x.numel() // 16 + 3
     return (
         torch.empty_like(x),
@@ -68,14 +75,17 @@ def _backward(
     residual: bool, eps: float, activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x, dx, out = _aligned_like(x)
+    follow_num_threads(torch.get_num_threads())
     count = x.numel() / x.shape[1] / (x.shape[0] if each else 1)
     bits = signs.numpy().view(np.uint16) if activation else None
     state = (
         statistics.numpy(), bits, 0, count, fixed, residual, bool(activation), SLOPES[activation],
         eps,
     )  # fmt: skip
-    rest = arrays.backward(dy, x, entry.array_of(x), 1 if each else None, state, out)
-    return dx, rest[0], rest[1], rest[2] if residual else x.new_empty(0)
+    _, dweight, dbias, dresidual = entry.backward_tensors(
+        dy, x, (1 if each else None, state), out
+    )
+    return dx, dweight, dbias, dresidual if residual else x.new_empty(0)
 
 
 @torch.library.register_fake("fastbn::normalize_backward")
@@ -112,7 +122,7 @@ torch.library.register_autograd("fastbn::normalize", _differentiate, setup_conte
 
 def normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
-    own: bool, residual: Tensor | None, each: bool, momentum: float, eps: float,
+    residual: Tensor | None, own: bool, each: bool, momentum: float, eps: float,
     activation: str | None,
 ) -> Tensor:  # fmt: skip
     """Normalise x by its own statistics, and update mean and var, or by mean and var."""
