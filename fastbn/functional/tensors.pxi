@@ -178,8 +178,8 @@ def forward_tensors(
     return tensor_of(y, array), (group_size, cache.state)
 
 
-def backward_tensors(dy, x, tuple done, out=None):
-    """Return the gradients of a tensor, weight and bias, and of the residual or None."""
+def backward_tensors(dy, x, tuple done, tuple needed, out=None):
+    """Return the gradients of done, which has none, x, weight, bias and residual, where needed."""
     cdef cnp.ndarray array = array_of(x), given = array_of(dy)
     cdef Cache cache
     if given is None or not same_memory_order(given, array):
@@ -187,7 +187,10 @@ def backward_tensors(dy, x, tuple done, out=None):
     group_size, state = done
     cache = restored(array, 1, group_size, state)
     gradients = backward(given, cache, out)
-    dresidual = tensor_of(gradients[3]) if cache.residual else None
     return (
-        tensor_of(gradients[0], array), tensor_of(gradients[1]), tensor_of(gradients[2]), dresidual
+        None,
+        tensor_of(gradients[0], array) if needed[1] else None,
+        tensor_of(gradients[1]) if needed[2] else None,
+        tensor_of(gradients[2]) if needed[3] else None,
+        tensor_of(gradients[3], array) if needed[4] else None,
     )

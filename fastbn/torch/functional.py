@@ -148,19 +148,16 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable costs more than a small norm, and is for those who ask for a graph.
-        function = _backward_once if torch.is_grad_enabled() else _backward
-        result: tuple[Tensor | None, ...] = function(ctx, dy, *ctx.saved_tensors)
-        return result
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # once_differentiable alone costs as much as a small norm
+            return _once(ctx, dy, x)
+        return entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
 
 
-def _backward(ctx: Any, dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-    follow_num_threads(torch.get_num_threads())
-    dx, dweight, dbias, dresidual = entry.backward_tensors(dy, x, ctx.done)
-    needed = ctx.needs_input_grad
-    return None, dx, dweight if needed[2] else None, dbias if needed[3] else None, dresidual
+@once_differentiable
+def _once(ctx: Any, dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
+    return entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
 
 
-_backward_once = once_differentiable(_backward)
 # Without what torch.autograd.Function.apply does for torch.func, which is not active here.
 _apply = super(torch.autograd.Function, _Norm).apply

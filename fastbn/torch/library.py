@@ -82,8 +82,9 @@ def _backward(
         statistics.numpy(), bits, 0, count, fixed, residual, bool(activation), SLOPES[activation],
         eps,
     )  # fmt: skip
-    _, dweight, dbias, dresidual = entry.backward_tensors(
-        dy, x, (1 if each else None, state), out
+    needed = False, True, True, True, residual
+    _, _, dweight, dbias, dresidual = entry.backward_tensors(
+        dy, x, (1 if each else None, state), needed, out
     )
     return dx, dweight, dbias, dresidual if residual else x.new_empty(0)
 
