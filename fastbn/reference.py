@@ -249,7 +249,7 @@ def _in_groups(
     batch = x.ndim - 1 if 0 not in _other_axes(x, axis) else 0
     cuts = range(size, x.shape[batch], size)
     parts = np.split(x, cuts, axis=batch)
-    cut = {
+    cut: dict[str, Any] = {
         name: np.split(array, cuts, axis=-1 if batch else 0)  # a mask has no axis of channels
         for name, array in arrays.items()
         if array is not None
