@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-import fastbn.runtime  # noqa: F401  the first, as it tells where nothing was compiled
+import fastbn.runtime.blas  # noqa: F401  the first: before NumPy, and it tells what is not compiled
 
 # isort: split
 from fastbn import optim
@@ -50,5 +50,5 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-with suppress(ImportError, AttributeError):  # threadpoolctl is not installed, or too old
+with suppress(ImportError):  # threadpoolctl is not installed, or too old
     from fastbn.runtime import controller  # noqa: F401

@@ -55,7 +55,7 @@ def test_no_run_there(name, ask, folder, tmp_path):
 
 
 def test_a_death_in_the_middle_of_a_file(stopped):
-    for name in ("epoch-0004.safetensors.123", "log.jsonl.123.4", "curves.png.123", "mine"):
+    for name in ("epoch-0004.safetensors.12ab", "log.jsonl.123.4", "curves.png.f0", "mine"):
         (stopped / f".{name}.tmp").write_bytes(b"incomplete")
     resume(stopped, {})
     assert [path.name for path in stopped.glob(".*")] == [".mine.tmp"]

@@ -20,7 +20,10 @@ def refusals(name: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DemoError(f"{name}: cannot be written: {one_line(error)}") from error
+        why = one_line(error)
+        if error.filename and str(name).endswith(str(error.filename)):  # it is not named twice
+            why = f"[Errno {error.errno}] {error.strerror}"
+        raise DemoError(f"{name}: cannot be written: {why}") from error
 
 
 def check_writable(path: Path, *, option: str) -> None:

@@ -245,7 +245,7 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Trainer:
         epochs = merge(run.log.config, given, run.log.path).epochs
         if not run.log.ended or run.log.next_epoch <= epochs:
             for path in folder.glob(".*.tmp"):  # left by write_atomically in a killed process
-                if re.fullmatch(r"\.(epoch-\d+|curves|log)\.\w+\.[\d.]+\.tmp", path.name):
+                if re.fullmatch(r"\.(epoch-\d+|curves|log)\.\w+\.[\da-f.]+\.tmp", path.name):
                     path.unlink()
             run.log.add("resume", epochs=epochs)
             run.trainer.config = dataclasses.replace(run.trainer.config, epochs=epochs)

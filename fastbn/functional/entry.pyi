@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeAlias, final
 
@@ -25,7 +26,7 @@ class Cache:
 
 def forward(
     x: ArrayLike,
-    statistics: Moments | tuple[ArrayLike, ArrayLike] | None,
+    statistics: Cache | Moments | Callable[[Moments], Moments] | tuple[ArrayLike, ArrayLike] | None,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     axis: int,
@@ -72,3 +73,4 @@ def backward_tensors(
     out: Array | None = None,
 ) -> tuple[Any, ...]: ...
 def use_kernels(module: ModuleType) -> None: ...
+def aligned_like(array: Any) -> Array: ...

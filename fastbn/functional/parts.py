@@ -100,7 +100,8 @@ def packed(moments: Moments) -> NDArray[np.float64]:
 
 def merge_packed(rows: NDArray[np.float64]) -> Moments:
     """Return the moments of all values together, given a packed row of each process, in order."""
-    means, lows, variances = np.split(rows[:, :-1], 3, axis=1)
+    channels = rows.shape[1] // 3
+    means, lows, variances = (rows[:, at * channels : (at + 1) * channels] for at in range(3))
     return entry.merged(means, lows, variances, rows[:, -1])
 
 

@@ -194,3 +194,8 @@ def backward_tensors(dy, x, tuple done, tuple needed, out=None):
         tensor_of(gradients[2]) if needed[3] else None,
         tensor_of(gradients[3], array) if needed[4] else None,
     )
+
+
+def aligned_like(cnp.ndarray array):
+    """Return an uninitialised array, in memory as another, that begins with a whole pack."""
+    return recycled(array, 0)

@@ -1,9 +1,9 @@
 """How threadpoolctl finds and sets the number of threads, where it is installed."""
 
-import threadpoolctl
+from threadpoolctl import LibController, register
 
 
-class FastbnController(threadpoolctl.LibController):  # type: ignore[misc]
+class FastbnController(LibController):  # type: ignore[misc]
     """The pool of `pool.hpp`, as threadpoolctl asks for it."""
 
     user_api = "fastbn"
@@ -26,4 +26,4 @@ class FastbnController(threadpoolctl.LibController):  # type: ignore[misc]
         return __version__
 
 
-threadpoolctl.register(FastbnController)
+register(FastbnController)

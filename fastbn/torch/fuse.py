@@ -111,10 +111,9 @@ def _traced(module: nn.Module) -> fx.Graph | None:
         return None
     finally:
         module.training = before
-        changed = module.__dict__ != members  # by forward, which keeps something
+        changed = {*map(id, module.__dict__.values())} != {*map(id, members.values())}
+        module.__dict__.clear()  # of what forward may have kept
         module.__dict__.update(members)
-        for name in module.__dict__.keys() - members.keys():
-            del module.__dict__[name]
     return graphs[0] if str(graphs[0]) == str(graphs[1]) and not changed else None
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastbn.functional import entry
-from fastbn.runtime import memory
 from fastbn.runtime.pool import follow_num_threads
 from fastbn.torch import arrays
 
@@ -31,7 +30,7 @@ def _aligned_like(x: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Return x with no gaps, a tensor like it, and that one's memory, where a pack begins."""
     if torch.empty_like(x).stride() != x.stride():
         x = x.clone()
-    out = memory.empty_like(entry.array_of(x))
+    out = entry.aligned_like(entry.array_of(x))
     return x, arrays.as_tensor(out), out
 
 
