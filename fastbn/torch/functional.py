@@ -73,27 +73,28 @@ def _normalize(
         raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
     each = each and own
     given = mean is not None and var is not None
-    ours = given or (own and mean is None and var is None)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    ours = momentum is not None and (given or (own and mean is None and var is None))
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         ours = ours and not is_exporting() and fits(x, residual, weight, bias, mean, var)
         if ours and has_enough(x, own, each) and 0 < eps < inf:
             return library.normalize(
                 x, weight, bias, mean, var, residual, own, each, momentum, eps, activation
             )
-    elif ours and not _is_transformed():
+    elif ours and not (  # tensors stand for something else: of torch.func, forward mode, a trace
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
         follow_num_threads(torch.get_num_threads())
-        keep = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        )
-        done = entry.forward_tensors(
-            x, weight, bias, mean, var, residual, own, each, eps, activation, keep, momentum
-        )
-        if done is not None:
-            y: Tensor = _apply(done, x, weight, bias, residual) if keep else done[0]
-            return y
+        found = entry.forward_tensors(
+            x, weight, bias, mean, var, residual, own, each, eps, activation,
+            torch.is_grad_enabled(), momentum,
+        )  # fmt: skip
+        if found is not None:
+            result: Tensor = found[0] if found[1] is None else _apply(
+                found, x, weight, bias, residual
+            )  # fmt: skip
+            return result
     y = of_torch(x, mean, var, weight, bias, own, momentum, eps)
     return followed_by(y, residual, activation)
 
@@ -105,15 +106,6 @@ def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> T
     if activation is not None:
         y = getattr(torch.nn.functional, activation)(y)
     return y
-
-
-def _is_transformed() -> bool:
-    """Whether tensors stand for something else: of torch.func, forward mode or a trace."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def has_enough(x: Tensor, own: bool, each: bool) -> bool:
