@@ -71,8 +71,12 @@ GCC_FLAGS = [
 ]
 MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise"]
 
+# Visual Studio 2019 fuses multiplications and additions, and no flag keeps it from that.
 CPLUSPLUS_PROBE = """
 #include <cstdint>
+#if defined(_MSC_VER) && !defined(__clang__) && _MSC_VER < 1930
+#error "too old"
+#endif
 template <class T> constexpr int width() { if constexpr (sizeof(T) == 4) return 16; else return 8; }
 int main() { return width<float>() - 16; }
 """
@@ -110,7 +114,7 @@ class BuildExt(build_ext):
                 "fastbn needs a C++17 compiler, and the one found here did not compile a "
                 f"ten-line program with {' '.join(self.flags)}. Install g++ 7 or later "
                 "(Debian: apt-get install g++), clang 5 or later (macOS: xcode-select --install), "
-                "or Visual Studio 2019 or later, or point CXX at one."
+                "or Visual Studio 2022 or later, or point CXX at one."
             )
         self.extensions[:] = [each for each in self.extensions if self.can_compile(each)]
         # The largest first, so that no thread has it alone at the end.

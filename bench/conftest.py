@@ -13,7 +13,7 @@ from replay import replay
 
 import fastbn
 from fastbn.cli import bench
-from fastbn.cli.cases import CORES
+from fastbn.cli.cases import CORES, MOVED
 
 LOAD = bench.load_before()  # before this run adds its own
 STATE = pytest.StashKey()
@@ -163,7 +163,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not state.rows:
         return
     table = [bench.header(state.versions)]
-    rows = [row for row in state.rows if row.case.family != "beside BLAS"]  # which moves no bytes
+    rows = [row for row in state.rows if row.case.operation in MOVED]
     table += [bench.cells(line, state.versions) for line in bench.lines(rows)]
     columns = bench.widths(table)
     terminalreporter.section("fastbn beside others")
@@ -175,6 +175,7 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["cores"] = CORES
+    machine_info["caches"] = fastbn.runtime_info()["caches"]
     machine_info["load_before"] = LOAD
     machine_info["versions"] = {"fastbn": fastbn.__version__, **config.stash[STATE].versions}
     machine_info["command"] = " ".join(["pytest", *sys.argv[1:]])

@@ -1,10 +1,12 @@
-"""The contenders of `fastbn bench`, and oneDNN, which needs a harness that is compiled here."""
+"""The contenders of `fastbn bench`, and what is compiled here: oneDNN, a ceiling that streams."""
 
 from functools import lru_cache
 
+import bare
 import numpy as np
 import onednn
 
+from fastbn.cli import peers
 from fastbn.cli.cases import EPS
 from fastbn.cli.peers import OURS, PEERS, Contender
 
@@ -38,6 +40,16 @@ class OneDnn(Contender):
         return np.moveaxis(array, 1, -1) if self.case.layout == "NHWC" else array
 
 
+class Ceiling(peers.Ceiling):
+    """Copying or adding by NumPy, or by loops that store past the cache: what is faster."""
+
+    def _move(self, move, *inputs):
+        streaming = bare.copy_past_cache if len(inputs) == 1 else bare.add_past_cache
+        ways = super()._move(move, *inputs)
+        more = super()._move(streaming, *inputs)
+        return {**ways, **{f"{name}, past the cache": way for name, way in more.items()}}
+
+
 @lru_cache(maxsize=1)  # filling the buffers takes longer than the race
 def _filled(a, layout, threads):
     x, dy = (np.moveaxis(each, -1, 1) if layout == "NHWC" else each for each in (a.x, a.dy))
@@ -50,4 +62,4 @@ def _filled(a, layout, threads):
 
 
 PEERS = {**PEERS, "onednn": OneDnn}
-CONTENDERS = {**OURS, **PEERS}
+CONTENDERS = {**OURS, "ceiling": Ceiling, **PEERS}

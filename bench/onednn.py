@@ -6,16 +6,11 @@ Only the oneDNN primitive runs in `forward`, `backward` and `inference`, on buff
 
 import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 import weakref
 from importlib import metadata
 from pathlib import Path
 
+import compiled
 import numpy as np
 
 LAYOUTS = ("plain", "blocked", "channels_last")
@@ -88,15 +83,10 @@ def _check(message):
 def _functions():
     library = _located("onednn-cpu-gomp", "libdnnl.so.3")
     include = _located("onednn-devel-cpu-gomp", "oneapi/dnnl/dnnl.hpp").parents[2]
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
-    if shutil.which(compiler[0]) is None:
-        raise ImportError(f"the oneDNN harness needs a C++ compiler; {compiler[0]} is not found")
-    command = [*compiler, "-O2", "-std=c++17", "-fPIC", "-shared", f"-I{include}",
-               str(SOURCE), str(library), f"-Wl,-rpath,{library.parent}"]  # fmt: skip
-    try:
-        functions = ctypes.CDLL(_compiled(command, metadata.version("onednn-cpu-gomp")))
-    except OSError as error:
-        raise ImportError(f"the oneDNN harness does not load: {error}") from error
+    functions = compiled.load(
+        SOURCE, "-O2", f"-I{include}", str(library), f"-Wl,-rpath,{library.parent}",
+        version=metadata.version("onednn-cpu-gomp"),
+    )  # fmt: skip
     for function in functions.bn_create, functions.bn_set, functions.bn_run, functions.bn_get:
         function.restype = ctypes.c_char_p
     return functions
@@ -111,20 +101,3 @@ def _located(package, name):
         if file.as_posix().endswith(f"/{name}") and Path(file.locate()).exists():
             return Path(file.locate()).resolve()
     raise ImportError(f"{package} is installed without {name}")
-
-
-def _compiled(command, version):
-    # The command is part of the key for its paths: environments must not share a binary.
-    key = hashlib.sha256(repr((SOURCE.read_text(), version, command)).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"fastbn-bench-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise ImportError(f"{folder} belongs to someone else; nothing is loaded from there")
-    target = folder / f"onednn-{key}.so"
-    if not target.exists():
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        built = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
-        if built.returncode:
-            raise ImportError(f"the oneDNN harness does not compile:\n{built.stderr}")
-        unfinished.replace(target)  # in one go, lest another process load half a file
-    return str(target)

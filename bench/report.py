@@ -23,7 +23,7 @@ import matplotlib as mpl
 
 from fastbn.cli import bench
 from fastbn.cli.bench import Row, Timing
-from fastbn.cli.cases import FUSED, PLAIN, Case
+from fastbn.cli.cases import FUSED, MOVED, PLAIN, Case
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -56,7 +56,7 @@ class Report:
 
     @property
     def timed(self):
-        return [row for row in self.rows if row.case.family != "beside BLAS"]
+        return [row for row in self.rows if row.case.operation in MOVED]
 
     @property
     def peers(self):
@@ -79,6 +79,8 @@ def add_run(report, path):
     run, rows = json.loads(Path(path).read_text()), {}
     for each in run["benchmarks"]:
         info, stats = each["extra_info"], each["stats"]
+        if "case" not in info:  # test_ranks.py
+            continue
         case = Case(**info["case"] | {"shape": tuple(info["case"]["shape"])})
         if "errors" in info:
             report.errors[info["contender"], case] = [tuple(e) for e in info["errors"]]
@@ -93,7 +95,8 @@ def add_run(report, path):
     load, cores = machine["load_before"], machine["cores"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     report.machine = report.machine or (
-        f"{machine['cpu'].get('brand_raw') or machine['machine']}, {cores} CPUs (load {load:.1f} "
+        f"{machine['cpu'].get('brand_raw') or machine['machine']}, {cores} CPUs, "
+        f"caches {machine['caches']} (load {load:.1f} "
         f"before); Python {machine['python_version']}, {versions}; {run['datetime'][:10]}, "
         f"commit {run['commit_info']['id'][:10]}"
     )
@@ -354,6 +357,7 @@ def write_pages(docs):
     calls = [line for line in shown if line.case.family == "one call"]
     write_table(folder / "call.txt", calls, report.peers)
     (folder / "blas.txt").write_text(markdown(beside_blas(report)) + "\n")
+    (folder / "reader.txt").write_text(markdown(and_reader(report)) + "\n")
     (folder / "errors.txt").write_text(markdown(errors(report)) + "\n")
     draw_errors(report, folder / "error_against_mean.png")
 
@@ -383,13 +387,26 @@ def errors(report):
 def beside_blas(report):
     """Return the table of norms that take turns with a matrix product."""
     times = {(row.case.operation, row.case.shape): row.times for row in report.rows}
-    table = [["size of the matrices", "library", "in turns, over one after the other"]]
+    table = [["matrices", "x", "library", "in turns, over one after the other"]]
     for (operation, shape), turns in times.items():
-        if operation == "matmul_in_turns":
-            apart = times["matmul_apart", shape]
+        product, _, how = operation.partition("_")
+        if how == "in_turns":
+            apart = times[f"{product}_apart", shape]
+            size = product.removeprefix("matmul")
             for name in turns:
                 ratio = turns[name].median / apart[name].median
-                table.append([f"{shape[0]} squared", TITLES[name], f"{ratio:.2f}"])
+                table.append([f"{size} squared", str(shape), TITLES[name], f"{ratio:.2f}"])
+    return table
+
+
+def and_reader(report):
+    """Return the table of norms whose result is read once, over copying and the same reader."""
+    table = [["operation", "layout", "x", "over copy (add) and reader"]]
+    for row in report.rows:
+        what, _, how = row.case.operation.partition("_")
+        if how == "and_reader":
+            ratio = row.times["fastbn"].median / row.times["ceiling"].median
+            table.append([what, row.case.layout, str(row.case.shape), f"{ratio:.2f}"])
     return table
 
 

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-import fastbn.runtime  # noqa: F401  the first, as it tells where nothing was compiled
+import fastbn.runtime.blas  # noqa: F401  the first: before NumPy, and it tells what is not compiled
 
 # isort: split
 from fastbn import optim

@@ -43,9 +43,9 @@ def save(path: str | os.PathLike[str], objects: Mapping[str, Stateful]) -> None:
         Where to write; a file that is there is replaced.
     objects : mapping of str to objects
         Anything with `state_dict` and `load_state_dict`: layers, optimizers, objects of one's own.
-        A state maps names to arrays of booleans, integers, float16, float32 or float64, to NumPy's
-        numbers, and to what JSON knows: numbers, text, True, False, None, lists and dicts. The
-        entry `key` of the object `name` gets the name "name.key".
+        A state maps names to arrays of booleans, integers, float16, bfloat16, float32 or float64,
+        to NumPy's numbers, and to what JSON knows: numbers, text, True, False, None, lists and
+        dicts. The entry `key` of the object `name` gets the name "name.key".
 
     Raises
     ------
@@ -101,7 +101,7 @@ def load(path: str | os.PathLike[str], objects: Mapping[str, Stateful]) -> None:
     Raises
     ------
     ImportError, TypeError, OSError
-        As `save`, or if the file cannot be read.
+        As `save`, or if the file cannot be read, or has bfloat16 and ml_dtypes is missing.
     ValueError
         If `objects` is not as described, or the file is damaged, or no safetensors file, or has
         entries of no object, or an object refuses its entries, because one is missing, unknown or
@@ -173,9 +173,9 @@ def _starts(entry: str) -> Iterable[str]:
 
 def _tensor(entry: str, value: Any) -> NDArray[Any]:
     """Return an array as safetensors takes it: in C order, in this machine's byte order."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf" or array.itemsize > 8:
-        words = "booleans, integers, float16, float32 or float64"
+    array = checks.array(entry, value)
+    if array.dtype.kind not in "biu" and not checks.is_float(array.dtype):
+        words = "booleans, integers, float16, bfloat16, float32 or float64"
         raise TypeError(f"{entry}: expected {words}, got {array.dtype}")
     return np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
@@ -196,7 +196,8 @@ def _checksum(tensors: Mapping[str, NDArray[Any]], values: dict[str, Any]) -> st
     for entry, array in sorted(tensors.items()):
         crc = zlib.crc32(f"{entry} {array.dtype.name} {array.shape}".encode(), crc)
         # The file's byte order, whatever that of this machine.
-        crc = zlib.crc32(array.astype(array.dtype.newbyteorder("<"), copy=False).data, crc)
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        crc = zlib.crc32(little.reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 
@@ -208,7 +209,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {entry: _tensor(entry, file.get_tensor(entry)) for entry in file.keys()}  # noqa: SIM118
+            tensors = {entry: _tensor(entry, _stored(file, entry)) for entry in file.keys()}  # noqa: SIM118
     # AttributeError, for one, is what types bring about that NumPy does not have.
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no safetensors file, or damaged: {error}") from error
@@ -222,6 +223,16 @@ def _read(path: Path) -> dict[str, Any]:
         return {**values, **tensors}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
+
+
+def _stored(file: Any, entry: str) -> Any:
+    """Return a tensor of a file, as an array."""
+    if file.get_slice(entry).get_dtype() == "BF16":
+        try:
+            import ml_dtypes  # noqa: F401  # which tells NumPy about the type
+        except ImportError as error:
+            raise ImportError(f"{entry} is bfloat16; {error}: pip install ml_dtypes") from error
+    return file.get_tensor(entry)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -117,15 +117,29 @@ def dtype(name: str, value: DTypeLike, allowed: Collection[np.dtype[Any]]) -> np
 
 def array(name: str, value: ArrayLike, of: str = "numbers") -> Array:
     """Return an array of whatever dtype."""
+    if isinstance(value, np.ma.MaskedArray):  # NumPy would forget the mask
+        raise TypeError(f"{name}: expected an array without a mask, got a masked array")
     try:
         return np.asarray(value)
     except ValueError as error:  # nested lists of unequal lengths
         raise ValueError(f"{name}: expected an array_like of {of}, got {error}") from None
 
 
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Return whether a dtype is one that the functions take, in either byte order."""
+    return dtype.name in ("float16", "bfloat16", "float32", "float64")
+
+
 def values(name: str, value: ArrayLike, count: int, least: float | None = None) -> Array:
-    """Return an array of `count` real numbers, shape (count,), none of them below `least`."""
+    """Return an array of `count` real numbers, shape (count,), none of them below `least`.
+
+    bfloat16, which NumPy does not know, comes back as float32: that of ml_dtypes, and of PyTorch.
+    """
+    if str(getattr(value, "dtype", None)) == "torch.bfloat16":
+        value = value.float()  # type: ignore[union-attr]  # NumPy cannot read the tensor itself
     found = array(name, value)
+    if found.dtype.name == "bfloat16":
+        found = found.astype(np.float32)
     if found.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected numbers, got dtype {found.dtype}")
     if found.shape != (count,):
@@ -159,6 +173,18 @@ def mapping(name: str, value: Any) -> Mapping[Any, Any]:
     """Return a mapping as it is."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected a mapping, got {type(value).__name__}")
+    return value
+
+
+def communicator(name: str, value: Any, *methods: str) -> Any:
+    """Return a communicator as it is: it has a rank, a size and these methods."""
+    needed = ("rank", "size", "Allgather", *methods)
+    lacking = [each for each in needed if not hasattr(value, each)]
+    if lacking:
+        raise TypeError(
+            f"{name}: expected a communicator of mpi4py, or an object with {', '.join(needed)}, "
+            f"got {type(value).__name__} without {', '.join(lacking)}"
+        )
     return value
 
 

@@ -83,7 +83,8 @@ def batch_norm(
     x = _floats(x)
     options: dict[str, Any] = {"axis": axis, "eps": eps, "activation": activation}
     if virtual_batch_size is not None:
-        return _in_groups(x, virtual_batch_size, residual, out, gamma=gamma, beta=beta, **options)
+        arrays = {"residual": residual, "mask": mask}
+        return _in_groups(x, virtual_batch_size, arrays, out, gamma=gamma, beta=beta, **options)
     valid = np.ones(x.shape, bool)
     if mask is not None:
         valid &= np.expand_dims(mask, axis)
@@ -106,7 +107,8 @@ def instance_norm(
 ) -> tuple[Array, Groups]:
     """Normalise each example by itself; see `fastbn.instance_norm`."""
     options: dict[str, Any] = {"axis": axis, "eps": eps, "activation": activation}
-    return _in_groups(_floats(x), 1, residual, out, gamma=gamma, beta=beta, **options)
+    arrays = {"residual": residual}
+    return _in_groups(_floats(x), 1, arrays, out, gamma=gamma, beta=beta, **options)
 
 
 def batch_norm_inference(
@@ -214,7 +216,7 @@ def batch_norm_backward_apply(
     dy: ArrayLike, cache: Cache, dgamma: ArrayLike, dbeta: ArrayLike, *, out: Array | None = None
 ) -> Any:
     """Take the gradient of x by given sums; see `fastbn.batch_norm_backward_apply`."""
-    x, axis, count = cache.x, cache.axis, cache.count
+    x, axis, count = cache.x, cache.axis, max(cache.count, 1)  # a mask may leave a group none
     gamma = 1.0 if cache.gamma is None else _per_channel(cache.gamma, x, axis)
     dgamma, dbeta = _per_channel(dgamma, x, axis), _per_channel(dbeta, x, axis)
     da = _through_activation(dy, cache)
@@ -241,16 +243,20 @@ def _moments(x: Array, axis: int, valid: Array) -> Moments:
 
 
 def _in_groups(
-    x: Array, size: int, residual: Any, out: Array | None, *, axis: int, **options: Any
+    x: Array, size: int, arrays: dict[str, Any], out: Array | None, *, axis: int, **options: Any
 ) -> tuple[Array, Groups]:
     """Normalise some examples at a time, each group by statistics of its own."""
     batch = x.ndim - 1 if 0 not in _other_axes(x, axis) else 0
     cuts = range(size, x.shape[batch], size)
     parts = np.split(x, cuts, axis=batch)
-    addends = [None] * len(parts) if residual is None else np.split(residual, cuts, axis=batch)
+    cut: dict[str, Any] = {
+        name: np.split(array, cuts, axis=-1 if batch else 0)  # a mask has no axis of channels
+        for name, array in arrays.items()
+        if array is not None
+    }
     results = [
-        batch_norm(part, axis=axis, residual=addend, **options)
-        for part, addend in zip(parts, addends, strict=True)
+        batch_norm(part, axis=axis, **options, **{name: cut[name][i] for name in cut})
+        for i, part in enumerate(parts)
     ]
     ys, caches = zip(*results, strict=True)
     mean, var = (np.array([getattr(cache, name) for cache in caches]) for name in ("mean", "var"))

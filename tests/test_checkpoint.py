@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
-from support import python
+from support import BFLOAT16, python
 
 import fastbn
 from fastbn import BatchNorm, optim
@@ -288,8 +288,8 @@ HOSTILE = {
         with_header({"a.x": {"dtype": "U8", "shape": [1] * 65, "data_offsets": [0, 1]}}, b"1"),
         "no safetensors file, or damaged",
     ),
-    "bfloat16": (
-        with_header({"a.x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}, b"12"),
+    "a part of bfloat16": (
+        with_header({"a.x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 1]}}, b"1"),
         "no safetensors file, or damaged",
     ),
     "float8": (
@@ -316,6 +316,38 @@ def test_hostile_files(name, path):
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: {message}"):
         fastbn.load(path, {"a": box})
     assert box.state == {"x": 1}
+
+
+@pytest.mark.skipif(BFLOAT16 is None, reason="bfloat16 needs ml_dtypes, which is not installed")
+def test_bfloat16_comes_back_to_the_bit(rng, path):
+    for values in (rng.standard_normal((4, 3)), np.array(1.5), np.zeros((0, 2))):
+        box, read = Box(x=values.astype(BFLOAT16), n=1), Box()
+        fastbn.save(path, {"a": box})
+        fastbn.load(path, {"a": read})
+        assert read.state["x"].dtype == BFLOAT16
+        np.testing.assert_array_equal(read.state["x"], box.state["x"])
+        assert read.state["n"] == 1
+
+
+@pytest.mark.skipif(BFLOAT16 is None, reason="bfloat16 needs ml_dtypes, which is not installed")
+def test_a_layer_takes_a_bfloat16_file(rng, path, monkeypatch):
+    bn, state = BatchNorm(3), BatchNorm(3).state_dict()
+    state["weight"] = rng.standard_normal(3).astype(BFLOAT16)
+    # As other tools write it: PyTorch's state of a module in bfloat16.
+    path.write_bytes(stored.save({f"bn.{name}": np.asarray(v) for name, v in state.items()}))
+    fastbn.load(path, {"bn": bn})
+    np.testing.assert_array_equal(bn.gamma, state["weight"].astype(np.float32))
+    bn.gamma = [7, 8, 9]
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ImportError, match=r"bn\.weight is bfloat16; .*: pip install ml_dtypes"):
+        fastbn.load(path, {"bn": bn})
+    np.testing.assert_array_equal(bn.gamma, [7, 8, 9])
+
+
+def test_a_masked_array_is_not_saved(path):
+    with pytest.raises(TypeError, match=r"a\.x: expected an array without a mask"):
+        fastbn.save(path, {"a": Box(x=np.ma.ones(3))})
+    assert not path.exists()
 
 
 def test_a_pickle_is_not_run(path):

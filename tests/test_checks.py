@@ -33,6 +33,7 @@ FLAG = checks.Rule("True or False", bool, lambda _: True)
         (lambda: list(checks.iterator("it", "ab")), ["a", "b"]),
         (lambda: checks.mapping("m", {}), {}),
         (lambda: checks.state({"a": 1, "b": 2}, ["b", "a"], "others"), None),
+        (lambda: checks.values("v", [1, 2], 2).tolist(), [1, 2]),
     ],
 )
 def test_returns_what_the_caller_needs(check, wanted):

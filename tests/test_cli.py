@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -76,16 +77,16 @@ def test_version(capsys):
     assert run(["--version"], capsys) == (0, f"fastbn {fastbn.__version__}\n", "")
 
 
-FIELDS = [train.option(name) for name in train.Config.__dataclass_fields__]
+FIELDS = [train.option(field.name) for field in fields(train.Config) if field.metadata["help"]]
 FILES = ["--plot", "--save", "--export"]
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("train", [*FIELDS, *FILES, "--compare", "--config"]),
+        ("train", [*FIELDS, *FILES, "--compare", "--config", "--mpi", "--local-norm"]),
         ("watch", [*FIELDS, "FOLDER", "--config"]),
-        ("resume", [*FILES, "FILE|FOLDER", "--epochs"]),
+        ("resume", [*FILES, "FILE|FOLDER", "--epochs", "--mpi"]),
         ("replay", ["FOLDER"]),
         ("nudge", ["FOLDER", "--rollback", "--lr", "--momentum", "--stop"]),
         ("info", []),

@@ -151,7 +151,7 @@ def test_odd_values_of_every_option(command, option, there, capsys):
     if name and command in ("train", "watch"):
         base += [train.option(name), value]
 
-    @examples(8)
+    @examples(5)
     @hypothesis.given(WORDS)
     def check(word):
         words = [*base, f"{option}={word}"] if option else [word, *base[1:]]
@@ -159,7 +159,7 @@ def test_odd_values_of_every_option(command, option, there, capsys):
 
     check()
     if option:
-        some = ODD[OPTIONS.index((command, option)) % 5 :: 5]
+        some = ODD[OPTIONS.index((command, option)) % 8 :: 8]
         for word in (option, *(f"{option}={word}" for word in some)):
             check_end([command, *base, word], there, capsys)
 
@@ -170,7 +170,7 @@ def test_odd_values_of_every_key(key, there, capsys):
     head, *_ = (there / "run" / "log.jsonl").read_text().splitlines()
     beside = dict([BESIDE[key]]) if key in BESIDE else {}
 
-    @examples(25)
+    @examples(15)
     @hypothesis.given(VALUES)
     def check(value):
         path = there / "odd.json"
@@ -212,7 +212,7 @@ def test_odd_values_in_a_log(event, key, there, capsys):
     head, first = log.read_text().splitlines()
     whole = {**json.loads(first), "nudge": {"lr": 0.1}, "why": "", "epochs": 3, "event": event}
 
-    @examples(25)
+    @examples(10)
     @hypothesis.given(VALUES)
     def check(value):
         log.write_text(f"{head}\n{json.dumps({**whole, key: value})}\n")

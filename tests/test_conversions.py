@@ -4,12 +4,10 @@ import re
 
 import numpy as np
 import pytest
-from support import assert_close
+from support import BFLOAT16, Wide, assert_close
 
 from fastbn import BatchNorm
 from fastbn.demo.layers import Conv2d
-
-WIDE = np.longdouble
 
 
 def trained(rng, channels=5, **options):
@@ -23,17 +21,17 @@ def trained(rng, channels=5, **options):
 
 
 def exact(bn, z, axis):
-    """Return what the layer makes of z in evaluation, in long double."""
-    columns = [1] * z.ndim
+    """Return what the layer makes of z in evaluation, as Wide."""
+    columns = [1] * np.ndim(z)
     columns[axis] = -1
     mean, var, gamma, beta = (
-        np.asarray(values, WIDE).reshape(columns)
+        Wide(np.reshape(values, columns))
         for values in (
             bn.running_mean, bn.running_var, bn.params.get("gamma", np.ones(bn.num_features)),
             bn.params.get("beta", np.zeros(bn.num_features)),
         )
     )  # fmt: skip
-    return (z - mean) / np.sqrt(var + WIDE(bn.eps)) * gamma + beta
+    return (z - mean) / (var + bn.eps).sqrt() * gamma + beta
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -52,13 +50,13 @@ def test_a_folded_map_is_the_map_and_the_layer(axis, dtype, biased, affine, rng)
         weight, folded = weight.T, folded.T
 
     # Rounded once: each weight, and the bias, are off by half an eps of themselves at most.
-    z = x.astype(WIDE) @ weight.astype(WIDE) + (bias.astype(WIDE) if biased else 0)
+    z = Wide(x) @ Wide(weight) + (bias if biased else 0)
     wanted = exact(bn, z, axis=1)
-    size = np.abs(x).astype(WIDE) @ np.abs(folded) + np.abs(shift)
+    size = np.abs(x).astype(np.float64) @ np.abs(folded) + np.abs(shift)
     half = np.finfo(dtype).eps / 2
     # In float64 the few operations before that rounding count as much as it does.
     allowed = half * size * (1.001 if dtype == np.float32 else 8)
-    assert (np.abs(x.astype(WIDE) @ folded.astype(WIDE) + shift - wanted) <= allowed).all()
+    assert (np.abs((Wide(x) @ Wide(folded) + shift - wanted).high) <= allowed).all()
 
     # As computed, both ways: a sum of 8 products, and the layer's 2 eps.
     y, y_folded = bn(x @ weight + (bias if biased else 0)), x @ folded + shift
@@ -66,18 +64,16 @@ def test_a_folded_map_is_the_map_and_the_layer(axis, dtype, biased, affine, rng)
     terms = (
         np.abs(x) @ np.abs(weight) + np.abs(bn.running_mean) + np.abs(bias if biased else 0)
     ) * scale
-    assert (np.abs(y_folded - y) <= 2 * half * (10 * terms + 4 * np.abs(wanted).max())).all()
+    assert (np.abs(y_folded - y) <= 2 * half * (10 * terms + 4 * np.abs(wanted.high).max())).all()
 
 
-def test_rounding_once_is_what_long_double_rounds_to(rng):
+def test_results_are_rounded_once(rng):
     bn = trained(rng, 300)
     weight, bias = rng.standard_normal((300, 7), np.float32), rng.standard_normal(300, np.float32)
     folded, shift = bn.fold_into(weight, bias)
-    scale = bn.gamma.astype(WIDE) / np.sqrt(bn.running_var.astype(WIDE) + WIDE(bn.eps))
-    np.testing.assert_array_equal(folded, (weight * scale[:, None]).astype(np.float32))
-    np.testing.assert_array_equal(
-        shift, exact(bn, bias[None].astype(WIDE), 1)[0].astype(np.float32)
-    )
+    scale = Wide(bn.gamma) / (Wide(bn.running_var) + bn.eps).sqrt()
+    np.testing.assert_array_equal(folded, (weight * scale[:, None]).high.astype(np.float32))
+    np.testing.assert_array_equal(shift, exact(bn, bias[None], 1).high[0].astype(np.float32))
 
 
 def test_a_mean_far_from_zero_costs_no_digits(rng):
@@ -85,7 +81,7 @@ def test_a_mean_far_from_zero_costs_no_digits(rng):
     bn.running_mean[:] = 1e6
     bias = np.full(5, 1e6 + 0.5, np.float32)
     _, shift = bn.fold_into(np.zeros((5, 3), np.float32), bias)
-    assert_close(shift, exact(bn, bias[None].astype(WIDE), 1)[0])
+    assert_close(shift, exact(bn, bias[None], 1).high[0])
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -153,14 +149,14 @@ def test_folding_changes_nothing(rng):
             None,
             0,
             TypeError,
-            "weight: expected float16, float32 or float64, got int",
+            "weight: expected float16, bfloat16, float32 or float64, got int",
         ),
         (
             np.ones((5, 3), complex),
             None,
             0,
             TypeError,
-            "weight: expected float16, float32 or float64",
+            "weight: expected float16, bfloat16, float32 or float64",
         ),
         (np.ones((5, 3)), np.ones(4), 0, ValueError, "bias: expected 5 values, got shape (4,)"),
         (np.ones((5, 3)), ["a"] * 5, 0, TypeError, "bias: expected numbers, got dtype <U1"),
@@ -304,6 +300,33 @@ def test_what_cannot_come_from_onnx(change, error, message):
     arguments = {"scale": GAMMA, "B": BETA, "mean": MEAN, "var": VAR, **change}
     with pytest.raises(error, match=re.escape(message)):
         BatchNorm.from_onnx(**arguments)
+
+
+@pytest.mark.skipif(BFLOAT16 is None, reason="bfloat16 needs ml_dtypes, which is not installed")
+def test_bfloat16_is_taken(rng):
+    given = [(1 + rng.random(3)).astype(BFLOAT16) for _ in range(4)]
+    wide = [values.astype(np.float32) for values in given]
+    weight = rng.standard_normal((3, 5)).astype(BFLOAT16)
+    for make in (BatchNorm.from_keras, lambda arrays: BatchNorm.from_onnx(*arrays)):
+        bn, wanted = make(given), make(wide)
+        for name, values in wanted.state_dict().items():
+            np.testing.assert_array_equal(bn.state_dict()[name], values)
+        exact, shift = bn.fold_into(weight.astype(np.float64), given[0])
+        folded, bias = bn.fold_into(weight, given[0])
+        assert folded.dtype == bias.dtype == BFLOAT16
+        np.testing.assert_array_equal(folded, exact.astype(BFLOAT16))
+        np.testing.assert_array_equal(bias, shift.astype(BFLOAT16))
+
+
+@pytest.mark.parametrize("name", ["scale", "B", "mean", "var"])
+def test_masked_arrays_are_refused(name):
+    arrays = {"scale": GAMMA, "B": BETA, "mean": MEAN, "var": VAR}
+    arrays[name] = np.ma.masked_array(arrays[name], True)
+    words = "expected an array without a mask, got a masked array"
+    with pytest.raises(TypeError, match=f"{name}: {words}"):
+        BatchNorm.from_onnx(**arrays)
+    with pytest.raises(TypeError, match=words):
+        BatchNorm.from_keras(list(arrays.values()))
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # they are Keras's own

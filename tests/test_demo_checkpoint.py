@@ -9,6 +9,7 @@ from demo_cases import QUICK, trainer_for
 from support import write_blobs
 
 import fastbn
+from fastbn import BatchNorm
 from fastbn.demo import DemoError
 from fastbn.demo.checkpoint import load_checkpoint
 from fastbn.demo.files import check_writable, write_atomically
@@ -74,6 +75,24 @@ def test_more_epochs_continue_to_the_same_bits(blobs, tmp_path):
     assert file.read_bytes() == whole.read_bytes()
 
 
+def test_frozen_layers_stay_frozen(blobs, tmp_path):
+    file = tmp_path / "frozen.safetensors"
+    trainer = trainer_for(blobs, epochs=1)
+    first, second = (n for n in trainer.network.leaves().values() if isinstance(n, BatchNorm))
+    trainer.run()
+    first.freeze()
+    second.freeze(affine=True)
+    trainer.save(file)
+    resumed = load_checkpoint(file, {"epochs": 2})
+    resumed.run()
+    new = [n for n in resumed.network.leaves().values() if isinstance(n, BatchNorm)]
+    assert [repr(norm) for norm in new] == [repr(first), repr(second)]
+    for name, values in second.state_dict().items():
+        np.testing.assert_array_equal(new[1].state_dict()[name], values)
+    np.testing.assert_array_equal(new[0].running_mean, first.running_mean)
+    assert (new[0].gamma != first.gamma).any()
+
+
 @pytest.fixture
 def checkpoint(blobs, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
@@ -88,6 +107,7 @@ def checkpoint(blobs, tmp_path):
         ({"hidden": (8,)}, r"--hidden: .* expected \(8, 8\) .* got \(8,\)"),
         ({"norm": "batch"}, "--norm: .* expected 'none' .* got 'batch'"),
         ({"epochs": 1}, "--epochs: expected 2 as in .* or more, got 1"),
+        ({"epochs": "3"}, "--epochs: expected an integer from 1, got '3'"),
     ],
 )
 def test_another_configuration_cannot_be_resumed(given, message, checkpoint):
@@ -155,6 +175,9 @@ NOT_OURS = "not a checkpoint of `fastbn train --save`, or damaged"
         ({"run": {"rng": {"bit_generator": "MT19937"}}}, "damaged, or .* has changed: "),
         ({"run": {"rng": {"state": {"state": -1, "inc": "x"}}}}, "damaged, or .* has changed: "),
         ({"run": {"rng": None}}, "damaged, or .* has changed: "),
+        ({"run": {"frozen": {"9": True}}}, "damaged, or .* has changed: "),
+        ({"run": {"frozen": {"1": True}}}, "damaged, or .* has changed: "),  # no norm
+        ({"run": {"frozen": ["1"]}}, "damaged, or .* has changed: "),
         ({"drop": ["network.1.weight"]}, "1.weight: expected float32 .* got nothing"),
         ({"network.1.weight": np.zeros((1, 1))}, "1.weight: expected float32 of shape"),
         ({"network.1.weight": "x"}, "1.weight: expected float32 of shape"),

@@ -17,7 +17,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 GALLERY = sorted((ROOT / "docs" / "gallery").glob("plot_*.py"))
 
 
-PUBLIC = ("fastbn", "fastbn.optim", "fastbn.reference", "fastbn.tune")
+PUBLIC = ("fastbn", "fastbn.distributed", "fastbn.optim", "fastbn.reference", "fastbn.tune")
 
 
 def public_names():

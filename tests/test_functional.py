@@ -301,6 +301,13 @@ def test_no_values_are_an_error_in_training_and_fine_in_inference(shape):
     assert y.dtype == np.float32
 
 
+def test_one_value_gives_beta_unless_it_divides_by_zero():
+    for x, norm in (([[5.0, 7.0]], fastbn.batch_norm), ([[[5.0], [7.0]]], fastbn.instance_norm)):
+        np.testing.assert_array_equal(np.ravel(norm(x, [1, 2], [3, 4])[0]), [3, 4])
+        np.testing.assert_array_equal(np.ravel(norm(x, [1, 2], [3, 4], eps=1e-300)[0]), [3, 4])
+        assert np.isnan(norm(x, [1, 2], [3, 4], eps=0)[0]).all()
+
+
 def test_no_channels_give_an_empty_result():
     y, cache = fastbn.batch_norm(np.zeros((4, 0)))
     assert y.shape == (4, 0)

@@ -190,8 +190,6 @@ X = np.arange(12.0).reshape(2, 3, 2)
          "virtual_batch_size: expected None or an integer >= 1, got 0"),
         (X, {"virtual_batch_size": 1.5}, TypeError,
          "virtual_batch_size: expected an integer, got float"),
-        (X, {"virtual_batch_size": 2, "mask": np.ones((2, 2), bool)}, ValueError,
-         "virtual_batch_size: expected None where there is a mask, got 2"),
         (X, {"virtual_batch_size": 2, "axis": 3}, ValueError, "axis: expected an axis of x"),
         (X[0, :, 0], {"virtual_batch_size": 2, "axis": 0}, ValueError,
          "x: expected an axis of examples beside that of the channels, got shape (3,)"),

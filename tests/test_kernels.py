@@ -1,5 +1,7 @@
 """The numerical promises, through the public functions, in every kernel variant."""
 
+from decimal import Decimal, localcontext
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,6 +62,64 @@ def test_float64_keeps_its_digits_at_a_large_mean(variant, rng, layout, mean, st
         assert_close(actual, wanted, scale=np.abs(wanted).max() * lost)
 
 
+def exact_moments(values):
+    """Return mean and variance of floats as Decimal numbers of 60 digits: all sums are integers."""
+    mantissas, exponents = np.frexp(values)
+    low = int(exponents.min())
+    shifts = (exponents - low).tolist()
+    integers = np.ldexp(mantissas, 53).astype(np.int64).tolist()
+    integers = [m << s for m, s in zip(integers, shifts, strict=True)]
+    n, total = len(integers), sum(integers)
+    step = Decimal(2) ** (low - 53)
+    spread = Decimal(n * sum(i * i for i in integers) - total * total)
+    return Decimal(total) / n * step, spread / (n * n) * step * step
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((1000, 33), 1), ((300, 70), 1), ((40, 700), 1), ((3000, 3, 2), 1), ((8, 3, 28, 28), 1),
+     ((1, 2, 9000), 1), ((40, 4, 7, 7), 1), ((20, 500), 0)],
+)  # fmt: skip
+@pytest.mark.parametrize(("mean", "std"), [(0, 1), (3, 1), (1e4, 1), (1e6, 1e-2), (0, 1e-100)])
+def test_float64_is_exact_to_four_eps(rng, shape, axis, mean, std):
+    # A third of the channels begins with an outlier, a third has a trend.
+    channels, eps = shape[axis], np.finfo(float).eps
+    x = rng.standard_normal(shape)
+    by_channel = np.moveaxis(x, axis, 0)
+    by_channel[::3].reshape(-1)[:1] = 4
+    by_channel[1::3] += np.linspace(-9, 9, x.size // channels).reshape(by_channel.shape[1:])
+    x = mean + std * x
+    gamma, beta = rng.standard_normal((2, channels))
+    y, cache = fastbn.batch_norm(x, gamma, beta, axis=axis, eps=0)
+    by_channel, results = (np.moveaxis(a, axis, 0).reshape(channels, -1) for a in (x, y))
+    with localcontext() as context:
+        context.prec = 60
+        for c in range(min(channels, 36)):
+            middle, var = exact_moments(by_channel[c])
+            assert abs(Decimal(cache.var[c]) / var - 1) <= 4 * Decimal(eps)
+            scale, shift = Decimal(gamma[c]) / var.sqrt(), Decimal(beta[c])
+            largest = Decimal(np.abs(results[c]).max())
+            for value, result in list(zip(by_channel[c], results[c], strict=True))[:200]:
+                exact = (Decimal(value) - middle) * scale + shift
+                assert abs(Decimal(result) - exact) <= 4 * Decimal(eps) * largest
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != np.float64], ids=str)
+@pytest.mark.parametrize("shape", [(64, 4, 6, 6), (500, 40)])
+def test_leaky_gradients_that_cancel_keep_their_digits(variant, rng, shape, dtype):
+    # All is below 0, and dy is almost constant: 0.01 dy is no float, and its digits count.
+    x = rng.standard_normal(shape).astype(dtype)
+    dy = (100 + rng.standard_normal(shape)).astype(dtype)
+    beta = np.full(shape[1], -20.0)
+    y, cache = fastbn.batch_norm(x, None, beta, activation="leaky_relu", residual=x)
+    assert (y.astype(float) < 0).all()
+    dx, dgamma, dbeta, dresidual = fastbn.batch_norm_backward(dy, cache)
+    sloped = dy.astype(np.longdouble) * 0.01
+    _, *exact, _, _ = exact_batch_norm(x, np.ones(shape[1]), beta, sloped, 1)
+    for actual, wanted in zip((dx, dgamma, dbeta, dresidual), (*exact, sloped), strict=True):
+        assert_close(actual, wanted)
+
+
 def test_a_large_constant_in_the_gradient_costs_no_digits(variant, rng):
     x = rng.standard_normal((64, 4, 6, 6)).astype(np.float32) + np.float32(1e3)
     dy = rng.standard_normal(x.shape).astype(np.float32) + np.float32(1e4)
@@ -80,7 +140,7 @@ def test_an_outlier_in_first_place_costs_no_digits(variant, rng):
         exact = exact_batch_norm(x, np.ones(shape[1]), np.zeros(shape[1]), x, 1)
         assert_close(y, exact[0])
         # Cancellation by the length of a block is allowed here, far below what float32 can tell.
-        np.testing.assert_allclose(cache.var, exact[5].astype(float), rtol=1e-10)
+        np.testing.assert_allclose(cache.var, exact[5], rtol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from layer_cases import assert_unchanged, snapshot
+from support import BFLOAT16
 
 from fastbn import BatchNorm, InstanceNorm
 
@@ -90,6 +91,69 @@ def test_a_state_that_does_not_fit_is_refused_whole(rng, change, error, message)
     with pytest.raises(error, match=re.escape(message)):
         bn.load_state_dict(state)
     assert_unchanged(bn, before)
+
+
+def test_masked_arrays_do_not_lose_their_mask_in_silence(rng):
+    bn = trained(rng)
+    before = snapshot(bn)
+    masked = np.ma.masked_array(np.ones(3), [True, False, False])
+    words = "expected an array without a mask, got a masked array"
+    for name in bn.state_dict():
+        with pytest.raises(TypeError, match=f"{name}: {words}"):
+            bn.load_state_dict({**bn.state_dict(), name: masked})
+    with pytest.raises(TypeError, match=f"gamma: {words}"):
+        bn.gamma = masked
+    with pytest.raises(TypeError, match=f"mask: {words}"):
+        bn(np.ones((6, 3)), mask=np.ma.ones(6, bool))
+    with pytest.raises(TypeError, match=f"weight: {words}"):
+        bn.fold_into(np.ma.ones((3, 3)))
+    with pytest.raises(TypeError, match=f"bias: {words}"):
+        bn.fold_into(np.ones((3, 3)), masked)
+    assert_unchanged(bn, before)
+
+
+class Tensor:
+    """A bfloat16 tensor as PyTorch has it: NumPy cannot read it."""
+
+    dtype = "torch.bfloat16"
+
+    def __init__(self, values):
+        self.values = values
+
+    def float(self):
+        return self.values.astype(np.float32)
+
+    def __array__(self, *_, **__):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
+@pytest.mark.skipif(BFLOAT16 is None, reason="bfloat16 needs ml_dtypes, which is not installed")
+@pytest.mark.parametrize("wrap", [np.asarray, Tensor])
+def test_bfloat16_is_taken_exactly(rng, wrap):
+    state = trained(rng).state_dict()
+    short = {name: state[name].astype(BFLOAT16) for name in list(state)[:4]}
+    bn, other = BatchNorm(3), BatchNorm(3)
+    bn.load_state_dict({**state, **{name: wrap(values) for name, values in short.items()}})
+    for name, values in short.items():
+        np.testing.assert_array_equal(bn.state_dict()[name], values.astype(np.float64))
+    other.gamma, other.beta = wrap(short["weight"]), wrap(short["bias"])
+    np.testing.assert_array_equal(other.gamma, bn.gamma)
+    np.testing.assert_array_equal(other.beta, bn.beta)
+    with pytest.raises(ValueError, match=r"gamma: expected shape \(3,\), got \(2,\)"):
+        bn.gamma = wrap(short["weight"][:2])
+    with pytest.raises(ValueError, match="running_var: expected values >= 0, got -"):
+        bn.load_state_dict({**state, "running_var": wrap(-short["running_var"])})
+
+
+def test_bfloat16_states_of_torch_are_taken(rng):
+    torch = pytest.importorskip("torch")
+    module = torch.nn.BatchNorm1d(3)
+    module(torch.tensor(rng.standard_normal((6, 3)), dtype=torch.float32))
+    module = module.to(torch.bfloat16)
+    bn = BatchNorm(3)
+    bn.load_state_dict(module.state_dict())
+    for name, values in module.state_dict().items():
+        np.testing.assert_array_equal(bn.state_dict()[name], values.double().numpy())
 
 
 def frozen(array):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, MEANS_AND_STDS, assert_close
+from support import DTYPES, MEANS_AND_STDS, assert_close, exact_batch_norm
 
 import fastbn
 from fastbn import Moments, reference
+from fastbn.functional.parts import merge_packed, packed
 
 LAYOUTS = {"NCHW": ((9, 5, 8, 8), 1), "NHWC": ((9, 8, 8, 5), -1), "NC": ((60, 70), 1)}
 
@@ -63,8 +64,8 @@ def test_merging_any_partition_gives_the_moments_of_the_whole(
     eps = np.finfo(np.float64).eps
     np.testing.assert_allclose(merged.mean, whole.mean, rtol=0, atol=2 * eps * np.abs(x).max())
     np.testing.assert_allclose(merged.var, whole.var, rtol=4 * eps)
-    wide = x.astype(np.longdouble)
-    np.testing.assert_allclose(merged.var, wide.var(axis=0).astype(float), rtol=4 * eps)
+    var = exact_batch_norm(x, np.ones(3), np.zeros(3), x, 1)[-1]
+    np.testing.assert_allclose(merged.var, var, rtol=4 * eps)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,16 @@ def test_moments_made_by_hand_are_merged(rng):
     assert count == 90
     np.testing.assert_allclose(mean, x.mean(0), atol=1e-15)
     np.testing.assert_allclose(var, x.var(0), rtol=1e-14)
+
+
+def test_packed_moments_merge_to_the_same_bits(rng):
+    x = 1e6 + rng.standard_normal((1000, 4))
+    moments = [fastbn.batch_moments(part) for part in (x[:3], x[3:3], x[3:700], x[700:])]
+    rows = np.array([packed(each) for each in moments])
+    merged, wanted = merge_packed(rows), fastbn.merge_moments(*moments)
+    assert merged.count == 1000
+    for field in ("mean", "mean_low", "var"):
+        np.testing.assert_array_equal(getattr(merged, field), getattr(wanted, field))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

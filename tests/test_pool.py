@@ -11,7 +11,7 @@ import pytest
 from support import ENOUGH, python
 
 import fastbn
-from fastbn.runtime import pool
+from fastbn.runtime import limits, pool
 
 posix = pytest.mark.skipif(os.name != "posix", reason="fork and signals are of POSIX")
 
@@ -101,7 +101,7 @@ def granted(tmp_path, membership, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
     (tmp_path / "membership").write_text(membership)
-    return pool.cpus_of_control_group(tmp_path / "root", tmp_path / "membership")
+    return limits.of_control_groups("cpu", limits._cpus, tmp_path / "root", tmp_path / "membership")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,30 @@ def test_an_odd_membership_is_no_error(tmp_path, membership):
 
 def test_a_membership_that_is_no_text_is_no_error(tmp_path):
     (tmp_path / "membership").write_bytes(b"0::/\xff\n")  # names of directories are any bytes
-    assert pool.cpus_of_control_group(tmp_path, tmp_path / "membership") is None
+    assert limits.of_control_groups("cpu", limits._cpus, tmp_path, tmp_path / "membership") is None
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("0::/a\n", {"a/memory.max": "1000000\n", "memory.max": "max\n"}, 1_000_000),
+        ("3:memory:/a\n", {"memory/a/memory.limit_in_bytes": "2000000\n"}, 2_000_000),
+        ("3:memory:/a\n", {"memory/a/memory.limit_in_bytes": str(1 << 63)}, None),
+        ("0::/a\n", {}, None),
+    ],
+)
+def test_memory_is_that_of_the_machine_or_of_the_control_group(
+    tmp_path, membership, files, expected
+):
+    granted(tmp_path, membership, files)
+    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = limits.usable_memory(tmp_path / "root", tmp_path / "membership")
+    assert found == (expected or of_machine)
 
 
 def test_a_system_without_control_groups_has_no_limit(tmp_path):
-    assert pool.cpus_of_control_group(tmp_path / "root", tmp_path / "missing") is None
+    where = (tmp_path / "root", tmp_path / "missing")
+    assert limits.of_control_groups("cpu", limits._cpus, *where) is None
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(0.2, 1), (1.0, 1), (1.5, 2), (1e9, None)])
@@ -167,7 +186,7 @@ def test_a_quota_is_rounded_up_and_never_more_than_the_cpus(monkeypatch, quota, 
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("no affinity on this system")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(pool, "cpus_of_control_group", lambda: quota)
+    monkeypatch.setattr(limits, "of_control_groups", lambda *_: quota)
     assert pool.default_num_threads() == (expected or 8)
 
 

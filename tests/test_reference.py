@@ -1,7 +1,10 @@
-"""The reference against its formulas by other means: finite differences and hand-made numbers."""
+"""The reference, and the truth of the tests, by other means: fractions, differences, by hand."""
+
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from support import Wide, exact_batch_norm
 
 from fastbn import reference
 
@@ -52,3 +55,36 @@ def test_results_are_rounded_to_the_type_of_x_once(rng):
     assert dgamma.shape == (3, 1)
     wide, _ = reference.batch_norm(x.astype(np.float64))
     np.testing.assert_array_equal(y, wide.astype(np.float32))
+
+
+def fractions(wide):
+    return [Fraction(high) + Fraction(low) for high, low in zip(wide.high, wide.low, strict=True)]
+
+
+def test_wide_numbers_have_thirty_digits(rng):
+    numbers = rng.standard_normal((4, 100)) * [[1e10], [1e-7], [1e-3], [1e-21]]
+    a, b = Wide(*numbers[:2]), Wide(*numbers[2:])
+    pairs = list(zip(fractions(a), fractions(b), strict=True))
+    for actual, wanted, least in [
+        (a + b, [x + y for x, y in pairs], 1e10),
+        (1 - a, [1 - x for x, _ in pairs], 1e10),
+        (a * b, [x * y for x, y in pairs], 0),
+        (a / b, [x / y for x, y in pairs], 0),
+        ((b * b).sqrt(), [abs(y) for _, y in pairs], 0),
+        (a[:, None].sum(0), [sum(x for x, _ in pairs)], 1e12),
+        (a[None] @ b[:, None], [[sum(x * y for x, y in pairs)]], 1e9),
+    ]:
+        actual, wanted = Wide(np.ravel(actual.high), np.ravel(actual.low)), np.ravel(wanted)
+        for x, y in zip(fractions(actual), wanted, strict=True):
+            assert abs(x - y) <= 1e-30 * max(abs(y), least)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5, 3), 1), ((3, 6), 0), ((3, 2, 4), 1)])
+def test_the_truth_of_the_tests_agrees_with_the_reference(rng, shape, axis):
+    x, dy = rng.standard_normal((2, *shape))
+    gamma, beta = rng.standard_normal((2, shape[axis]))
+    y, cache = reference.batch_norm(x, gamma, beta, axis=axis)
+    gradients = reference.batch_norm_backward(dy, cache)
+    exact = exact_batch_norm(x, gamma, beta, dy, axis)
+    for actual, wanted in zip((y, *gradients, cache.mean, cache.var), exact, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-13)

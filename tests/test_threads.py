@@ -121,7 +121,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize("threads", [3], indirect=True)  # others give the same bits
 @pytest.mark.parametrize(("mean", "std"), [(0, 1), (1e4, 1), (1e6, 1e2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_error_of_large_batches_is_at_most_two_eps(threads, rng, layout, mean, std):

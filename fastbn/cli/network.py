@@ -30,6 +30,8 @@ def add_network_options(
     kinds: dict[str, Any] = {"hidden": _widths, "data": _data, "data_dir": absolute}
     kinds |= dict.fromkeys(FLOATS, float) | dict.fromkeys(("batch_size", "epochs", "seed"), int)
     for field in fields(Config):
+        if not field.metadata["help"]:
+            continue
         name, text = field.name, field.metadata["help"].format(optimizer=optimizer)
         if told is not None:
             text = told.get(name, argparse.SUPPRESS)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastbn.demo import DemoError, require
 from fastbn.demo.curves import check_drawing, draw
@@ -71,7 +72,10 @@ def same(path: Path, other: Path) -> bool:
 
 @contextmanager
 def resumable(
-    saved: Callable[[], Path | None], plot: Path | None = None, export: Path | None = None
+    saved: Callable[[], Path | None],
+    plot: Path | None = None,
+    export: Path | None = None,
+    comm: Any = None,
 ) -> Iterator[None]:
     """Have Ctrl-C tell the command that goes on with what was saved."""
     try:
@@ -84,6 +88,8 @@ def resumable(
             command = [sys.executable, "-m", "fastbn", "resume", str(path)]
             for option, file in {"--plot": plot, "--export": export}.items():
                 command += [option, str(file)] if file else []
+            if comm:
+                command = ["mpiexec", "-n", str(comm.size), *command, "--mpi"]
             text = f"the finished epochs are saved; resume with\n{shlex.join(command)}"
         raise KeyboardInterrupt(text) from None
 

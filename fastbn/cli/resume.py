@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbn.cli.network import add_config_option, add_network_options, read_network_options
+from fastbn.cli.ranks import add_mpi_options, ranks
 from fastbn.cli.results import add_file_options, check_files, resumable, same, tell
 from fastbn.demo import DemoError, watch
 from fastbn.demo.checkpoint import load_checkpoint
@@ -24,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # training can be typed again.
     add_config_option(parser)
     add_network_options(parser, {"epochs": "train up to this epoch"})
+    add_mpi_options(parser)
 
 
 def run(
@@ -32,9 +34,24 @@ def run(
     plot: Path | None = None,
     save: Path | None = None,
     export: Path | None = None,
+    mpi: bool = False,
     **given: Any,
 ) -> int:
-    """Go on with a training."""
+    """Go on with a training; with `mpi` together with the other ranks, however many there are."""
+    if mpi and saved.is_dir():
+        raise DemoError("--mpi: cannot be used with a folder")
+    with ranks(mpi) as comm:
+        return _resume(comm, saved, plot, save, export, given)
+
+
+def _resume(
+    comm: Any,
+    saved: Path,
+    plot: Path | None,
+    save: Path | None,
+    export: Path | None,
+    given: dict[str, Any],
+) -> int:
     fields = read_network_options(given)
     if saved.is_dir():
         if plot or save or export:
@@ -51,12 +68,16 @@ def run(
         )
     save = save or saved
     begun: list[Trainer] = []
-    with resumable(lambda: begun[0].saved if begun else saved, plot, export):
+    if comm and comm.rank:
+        plot = save = export = None
+    with resumable(lambda: begun[0].saved if begun else saved, plot, export, comm):
         trainer = load_checkpoint(saved, fields)
         begun.append(trainer)
-        read = None if same(save, saved) else saved
+        read = None if not save or same(save, saved) else saved
         inputs = {"FILE": read, "--config": given.get("config")}
         check_files(trainer.config, plot, save, export, inputs)
+        if comm:
+            trainer.join(comm)
         trainer.run(save)
         tell(trainer, plot=plot, export=export)
     return 0

@@ -76,7 +76,10 @@ def load_checkpoint(path: Path, given: Mapping[str, Any], data: Data | None = No
         trainer.network.load_state_dict(network.values)
         trainer.optimizer.load_state_dict(optimizer.values)
         trainer.rng.bit_generator.state = run.values["rng"]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        leaves: dict[str, Any] = trainer.network.leaves()
+        for name, affine in run.values.get("frozen", {}).items():
+            leaves[name].freeze(affine=affine)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise DemoError(
             f"{path}: damaged, or {config.data} has changed: {one_line(error)}"
         ) from error

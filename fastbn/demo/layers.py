@@ -26,6 +26,7 @@ class Layer(ABC):
         self.params: dict[str, Array] = {}
         self.grads: dict[str, Array] = {}
         self.training = True
+        self.sums: DTypeLike | None = None  # in which gradients are summed over the minibatch
 
     @abstractmethod
     def forward(self, x: Array) -> Array:
@@ -108,9 +109,9 @@ class Linear(Layer):
 
     def backward(self, dy: Array) -> Array:
         """Compute dL/dx, shape (m, n_in); dW = dy^T x, db = the sum of dy over the minibatch."""
-        self.grads["weight"] = dy.T @ self.x
+        self.grads["weight"] = np.matmul(dy.T, self.x, dtype=self.sums)
         if "bias" in self.params:
-            self.grads["bias"] = dy.sum(axis=0)
+            self.grads["bias"] = dy.sum(axis=0, dtype=self.sums)
         return dy @ self.params["weight"]
 
 
@@ -167,9 +168,10 @@ class Conv2d(Layer):
         """Compute dL/dx, shape (m, C, H, W); with Z = W A, dW = dZ A^T and dA = W^T dZ."""
         weight = self.params["weight"]
         dz = dy.swapaxes(0, 1).reshape(len(weight), -1)  # (O, m * H' * W')
-        self.grads["weight"] = (dz @ self.columns.T).reshape(weight.shape)
+        dweight = np.matmul(dz, self.columns.T, dtype=self.sums)
+        self.grads["weight"] = dweight.reshape(weight.shape)
         if "bias" in self.params:
-            self.grads["bias"] = dz.sum(axis=1)
+            self.grads["bias"] = dz.sum(axis=1, dtype=self.sums)
         dcolumns = weight.reshape(len(weight), -1).T @ dz
         return col2im(dcolumns, self.x_shape, self.kernel, self.stride)
 
@@ -264,8 +266,10 @@ def col2im(columns: Array, shape: tuple[int, ...], kernel: int, stride: int) -> 
     return dx[:, :, pad : pad + height, pad : pad + width]
 
 
-def softmax_cross_entropy(logits: Array, labels: NDArray[np.int64]) -> tuple[float, Array]:
-    """Compute the mean loss -log softmax(logits)[label] and its gradient.
+def softmax_cross_entropy(
+    logits: Array, labels: NDArray[np.int64], *, mean: bool = True
+) -> tuple[float, Array]:
+    """Compute the mean loss -log softmax(logits)[label], or the sum, and its gradient.
 
     Parameters
     ----------
@@ -277,16 +281,18 @@ def softmax_cross_entropy(logits: Array, labels: NDArray[np.int64]) -> tuple[flo
     -------
     loss : float
     dlogits : ndarray of shape (m, K)
-        (softmax(logits) - one_hot(labels)) / m.
+        (softmax(logits) - one_hot(labels)) / m; of the sum without / m.
     """
     rows = np.arange(len(logits))
     shifted = logits - logits.max(axis=1, keepdims=True)  # exp then cannot overflow
     exponentials = np.exp(shifted)
     sums = exponentials.sum(axis=1, keepdims=True)
-    loss = float(np.mean(np.log(sums[:, 0]) - shifted[rows, labels]))
+    losses = np.log(sums[:, 0]) - shifted[rows, labels]
     dlogits = exponentials / sums
     dlogits[rows, labels] -= 1
-    return loss, dlogits / len(logits)
+    if mean:
+        return float(np.mean(losses)), dlogits / len(logits)
+    return float(np.sum(losses, dtype=np.float64)), dlogits
 
 
 def _describe(state: Mapping[str, Any]) -> dict[str, str]:

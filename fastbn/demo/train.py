@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,10 +16,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import fastbn
+from fastbn import distributed
 from fastbn.demo import DemoError, require
 from fastbn.demo.data import Array, Data, Examples
 from fastbn.demo.files import absolute, one_line, refusals
-from fastbn.demo.layers import softmax_cross_entropy
+from fastbn.demo.layers import Layer, softmax_cross_entropy
 from fastbn.demo.network import Part, Sequential, fold, mlp, resnet
 
 Epoch: TypeAlias = dict[str, float]
@@ -138,12 +140,17 @@ class Config:
     batch_size: int = told("default: 32", "N")
     epochs: int = told("default: mlp 20, resnet 10", "N")
     seed: int = told("default: 0", "N")
+    # Without text, as it is an option of those commands alone that know several ranks.
+    local_norm: bool = dataclasses.field(default=False, metadata={"help": ""})
 
     def __post_init__(self) -> None:
         values = vars(self)
         obey(values, **NAMES)
         no_mean = "batch or none with --model mlp, where an example has no positions to average"
-        obey(values, norm=one_of(COMPARED[self.model], no_mean), zero_gamma=FLAG)
+        norm = one_of(COMPARED[self.model], no_mean)
+        obey(values, norm=norm, zero_gamma=FLAG, local_norm=FLAG)
+        shared = self.norm == "batch"
+        obey(values, local_norm=(lambda v: shared or not v, "--norm batch"))
         blocks = self.model == "resnet" and self.norm != "none"
         obey(values, zero_gamma=(lambda v: blocks or not v, "--model resnet with a norm"))
         least = 2 if self.norm == "batch" else 1
@@ -234,6 +241,66 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.network)
         self.history: list[Epoch] = []
         self.saved: Path | None = None
+        self.comm: Any = None  # see `join`
+        self.examples = 0
+
+    def join(self, comm: Any) -> None:
+        """Train together with the other ranks of a communicator of mpi4py.
+
+        Each rank has its part of each minibatch, and all have the same network after each step.
+        Rank 0 tells of the training, and saves it.
+
+        Raises
+        ------
+        DemoError
+            If a minibatch is too small for so many ranks.
+        """
+        least = comm.size * (2 if self.config.local_norm else 1)
+        if self.config.batch_size < least:
+            raise DemoError(
+                f"--batch-size: expected at least {least} for {comm.size} ranks,"
+                f" got {self.config.batch_size}"
+            )
+        self.comm = comm
+        if not self.config.local_norm:
+            for norm in self.norms():
+                norm.comm = comm
+        # Sums over parts of a minibatch then differ from those over the whole by next to nothing;
+        # in float32 a training with Adam would turn the differences into others of 1e-3.
+        for layer in self.network.leaves().values():
+            if isinstance(layer, Layer):
+                layer.sums = np.float64
+            else:
+                layer.grads = {
+                    name: np.zeros_like(p, np.float64) for name, p in layer.params.items()
+                }
+        distributed.broadcast([*trained_layers(self.network).values(), self.optimizer], comm)
+        # The loss of a rank is the sum over its examples: see `average_gradients`.
+        average = distributed.average_gradients(comm, lambda: self.examples)
+        self.optimizer.register_step_pre_hook(average)
+
+    def norms(self) -> list[fastbn.BatchNorm]:
+        """Return the batch norms of the network."""
+        leaves = self.network.leaves().values()
+        return [leaf for leaf in leaves if isinstance(leaf, fastbn.BatchNorm)]
+
+    def part(self, rows: Any) -> Any:
+        """Return the part of some rows that is this rank's."""
+        return rows if self.comm is None else rows[distributed.split(len(rows), self.comm)]
+
+    def sums(self, *values: float) -> list[float]:
+        """Return the sums over all ranks, added in their order."""
+        if self.comm is None:
+            return list(values)
+        rows = np.empty((self.comm.size, len(values)))
+        self.comm.Allgather(np.array(values, np.float64), rows)
+        found: list[float] = reduce(np.add, rows).tolist()
+        return found
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, or the only one."""
+        return self.comm is None or self.comm.rank == 0
 
     @property
     def name(self) -> str:
@@ -250,6 +317,7 @@ class Trainer:
         DemoError
             If the file cannot be written.
         """
+        save = save if self.leads else None
         if save:
             self.save(save)  # so that even the first epoch can be interrupted and resumed
         with one_blas_thread():
@@ -257,7 +325,8 @@ class Trainer:
                 line = self.next_epoch()
                 if save:
                     self.save(save)
-                print(line, flush=True)
+                if self.leads:
+                    print(line, flush=True)
 
     def next_epoch(self) -> str:
         """Train one more epoch, and return the line that tells of it."""
@@ -281,19 +350,25 @@ class Trainer:
         # The few examples left over would make a noisy minibatch, and one alone has no variance.
         minibatches = order[: len(x) // size * size].reshape(-1, size)
         losses, hits = [], 0
-        # None shows the bar on a terminal only.
-        disable = None if title else True
+        # None shows the bar on a terminal only. mpiexec hides whether there is one.
+        disable = (None if self.comm is None else False) if title and self.leads else True
         bar = require("tqdm").tqdm(minibatches, desc=title, leave=False, disable=disable)
         with bar, np.errstate(all="ignore"):  # a diverging loss is told below, once
             for rows in bar:
-                logits = self.network.forward(x[rows])
-                loss, dlogits = softmax_cross_entropy(logits, y[rows])
+                mine = self.part(rows)
+                self.examples = len(mine)
+                logits = self.network.forward(x[mine])
+                alone = self.comm is None
+                loss, dlogits = softmax_cross_entropy(logits, y[mine], mean=alone)
                 self.network.backward(dlogits)
                 self.optimizer.step()
-                losses.append(loss)
-                hits += int((logits.argmax(axis=1) == y[rows]).sum())
-        loss, accuracy = float(np.mean(losses)), hits / minibatches.size
-        values = loss, accuracy, *self.evaluate(self.data.validation)
+                losses.append(loss if alone else loss / len(rows))
+                hits += int((logits.argmax(axis=1) == y[mine]).sum())
+        if self.comm is not None and self.config.local_norm:
+            # The ranks have seen other minibatches; what rank 0 has seen is evaluated and saved.
+            distributed.broadcast(self.norms(), self.comm)
+        loss, all_hits = self.sums(float(np.mean(losses)), hits)
+        values = loss, all_hits / minibatches.size, *self.evaluate(self.data.validation)
         if not np.isfinite(values).all():
             raise DivergedError(
                 f"{title}: the loss is not finite any more; --lr {self.config.lr:g} is too high"
@@ -302,11 +377,15 @@ class Trainer:
 
     def evaluate(self, examples: Examples) -> tuple[float, float]:
         """Return loss and accuracy in evaluation mode: batch norm uses its running statistics."""
-        x, y = examples
-        logits = evaluate(self.network, x)
-        with np.errstate(all="ignore"):
-            loss, _ = softmax_cross_entropy(logits, y)
-        return loss, float((logits.argmax(axis=1) == y).mean())
+        x, y = (self.part(each) for each in examples)
+        share, loss, hits = len(x) / len(examples[0]), 0.0, 0
+        if len(x):
+            logits = evaluate(self.network, x)
+            with np.errstate(all="ignore"):
+                loss, _ = softmax_cross_entropy(logits, y)
+            hits = int((logits.argmax(axis=1) == y).sum())
+        loss, all_hits = self.sums(loss * share, hits)
+        return loss, all_hits / len(examples[0])
 
     def epochs_to(self, accuracy: float) -> int | None:
         """Return after how many epochs the validation accuracy first was as high, if ever."""
@@ -320,6 +399,11 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "history": self.history,
             "rng": self.rng.bit_generator.state,
+            "frozen": {
+                name: bool(leaf.frozen_params)
+                for name, leaf in self.network.leaves().items()
+                if isinstance(leaf, fastbn.BatchNorm | fastbn.InstanceNorm) and leaf.frozen
+            },
         }
         return {"run": State(run), "network": self.network, "optimizer": self.optimizer}
 
@@ -344,7 +428,7 @@ class Trainer:
             If safetensors is missing or the file cannot be written.
         """
         require("safetensors", extra="io")
-        plain = dataclasses.replace(self.config, norm="none", zero_gamma=False)
+        plain = dataclasses.replace(self.config, norm="none", zero_gamma=False, local_norm=False)
         first, second = (build(plain, self.data, np.random.default_rng()) for _ in range(2))
         fold(self.network, first)
         with refusals(f"--export {path}"):

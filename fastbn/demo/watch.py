@@ -46,6 +46,9 @@ from fastbn.demo.train import (
 )
 
 COLUMNS = ("epoch", "lr", "momentum", *METRICS, "nudges", "undone")
+# What `write_atomically` leaves in a process that is killed, and what goes with each epoch.
+TEMPORARY = re.compile(r"\.(epoch-\d+|curves|log)\.\w+\.[\da-f.]+\.tmp")
+DELETED = re.compile(rf"epoch-\d{{4,}}\.safetensors|{TEMPORARY.pattern}")
 PATIENCE = 1  # seconds to wait for a folder, as `send` holds it for a moment
 
 
@@ -189,8 +192,8 @@ class Run:
         table.writeheader()
         table.writerows(self.log.rows)
         with refusals(self.folder):
-            for path in {*self.folder.glob("epoch-*.safetensors")} - kept:
-                if re.fullmatch(r"epoch-\d{4,}", path.stem):
+            for path in {*self.folder.iterdir()} - kept:
+                if DELETED.fullmatch(path.name):
                     path.unlink()
             draw(
                 self.folder / "curves.png",
@@ -245,9 +248,6 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Trainer:
     with _opened(folder) as run:
         epochs = merge(run.log.config, given, run.log.path).epochs
         if not run.log.ended or run.log.next_epoch <= epochs:
-            for path in folder.glob(".*.tmp"):  # left by write_atomically in a killed process
-                if re.fullmatch(r"\.(epoch-\d+|curves|log)\.\w+\.[\da-f.]+\.tmp", path.name):
-                    path.unlink()
             run.log.add("resume", epochs=epochs)
             run.trainer.config = dataclasses.replace(run.trainer.config, epochs=epochs)
             run.train()
@@ -378,7 +378,7 @@ def _expect_empty(folder: Path) -> None:
         done = len(Log.read(folder).standing)
         way = shlex.join(["fastbn", "resume", str(folder)])
         raise DemoError(f"{expected} a run of {done} epochs; `{way}` goes on with it")
-    if any(path.name != "lock" for path in folder.iterdir()):
+    if any(path.name != "lock" and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
         raise DemoError(f"{expected} files")
 
 

@@ -30,8 +30,6 @@ cdef cnp.ndarray as_floats(object value, str name):
     """Return value as an ndarray of a type that type_of knows, in any memory and byte order."""
     cdef cnp.ndarray array
     if not cnp.PyArray_CheckExact(value):
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name}: expected an array without a mask, got a masked array")
         value = checks.array(name, value)
     array = value
     if type_of(array) != OTHER:
@@ -82,7 +80,7 @@ cdef bint place_x(Cache cache, cnp.ndarray x, object axis) except -1:
             dims = plan_of(x, axis)
         cache.outer, cache.channels, cache.inner = dims
     cache.examples, cache.groups = cache.outer, 1
-    cache.count = <double>cache.outer * cache.inner
+    cache.count = cache.own = <double>cache.outer * cache.inner
     cache.x = x
     cache.type = <Type>type_of(x)
     return True
@@ -117,8 +115,59 @@ cdef bint form_groups(Cache cache, object axis, object size) except -1:
             cache.examples, cache.inner = count, cache.inner // count
         cache.outer = cache.examples // count * each
         cache.groups = (count + each - 1) // each
-        cache.count = <double>cache.outer * cache.inner
+        cache.count = cache.own = <double>cache.outer * cache.inner
     cache.grouped = True
+    return True
+
+
+cdef bint place_mask(Cache cache, cnp.ndarray valid, object axis) except -1:
+    """Put the runs of valid positions into the cache, after x was placed and cut into groups.
+
+    Kernels walk positions whose channels lie together, or runs of at least a pack for each channel.
+    Where x has neither it is copied, with the channels last.
+    """
+    cdef cnp.ndarray x = cache.x
+    axis %= x.ndim
+    others = by_memory(x, (i for i in range(x.ndim) if i != axis))
+    if 1 < cache.inner < LANES:
+        if cache.channels > 1:
+            cache.order = by_memory(x, range(x.ndim))
+            cache.x = laid_out(x, [*others, axis])
+        cache.examples *= cache.inner
+        cache.outer *= cache.inner
+        cache.inner = 1
+    flat = flatten(valid, others)
+    find_runs(cache, flat)
+    if cache.inner > 1:
+        cache.valid = bits(flat)
+    return True
+
+
+cdef bint find_runs(Cache cache, cnp.ndarray flat) except -1:
+    """Find the runs of a mask whose positions lie in the order of memory, and count them."""
+    cdef const char* valid = cnp.PyArray_BYTES(flat)
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(flat), begin = 0, end, limit, before = 0
+    cdef Py_ssize_t row = cache.outer * cache.inner
+    cdef vector[Run] runs
+    cdef cnp.npy_intp[2] shape
+    if cache.inner > 1 and cache.channels > 1:
+        row = cache.inner
+    while begin < size:
+        limit = min(begin - begin % row + row, size)
+        while begin < limit and not valid[begin]:
+            begin += 1
+        end = begin
+        while end < limit and valid[end]:
+            end += 1
+        if end > begin:
+            runs.push_back(Run(begin, before))
+        before += end - begin
+        begin = end
+    runs.push_back(Run(size, before))
+    shape[0], shape[1] = runs.size(), 2
+    cache.runs = cnp.PyArray_EMPTY(2, shape, cnp.NPY_INTP, 0)
+    memcpy(cnp.PyArray_DATA(cache.runs), runs.data(), runs.size() * sizeof(Run))
+    cache.count = cache.own = before
     return True
 
 
@@ -166,8 +215,18 @@ cdef cnp.ndarray copy_parameter(Cache cache, object value, str name, int which, 
 
 
 cdef bint copy_statistics(Cache cache, object statistics) except -1:
-    """Copy given statistics: (mean, var), which are constants, or Moments of more than x."""
+    """Copy given statistics.
+
+    They are (mean, var), which are constants, or Moments of more than x (or what makes these of
+    the Moments of x), or those of another cache of x, in one group.
+    """
     cdef Py_ssize_t c
+    if type(statistics) is Cache:
+        cache.count = (<Cache>statistics).count
+        memcpy(
+            row_of(cache, MEAN), row_of(statistics, MEAN), GAMMA * cache.channels * sizeof(double)
+        )
+        return True
     copy_values(cache, statistics[0], "mean", row_of(cache, MEAN))
     copy_values(cache, statistics[1], "var", row_of(cache, VAR))
     for c in range(cache.channels):

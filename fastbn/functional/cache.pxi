@@ -16,7 +16,8 @@ cdef enum:  # the rows of a cache's statistics; those before GAMMA have one for 
 cdef class Cache:
     """What `batch_norm_backward` needs of the forward pass.
 
-    It holds x itself, not a copy: x must not change before the backward pass.
+    It holds x itself, not a copy: x must not change before the backward pass. `copy.deepcopy`
+    copies x too. A cache cannot be pickled: it would lose how x lies in memory.
 
     Attributes
     ----------
@@ -35,6 +36,7 @@ cdef class Cache:
     cdef Py_ssize_t channels
     cdef Py_ssize_t inner
     cdef double count            # how many values of a channel the statistics cover
+    cdef double own              # how many of them x has
     cdef double eps
     cdef Py_ssize_t groups
     cdef bint grouped
@@ -42,9 +44,13 @@ cdef class Cache:
     cdef bint residual           # whether forward had a residual
     cdef bint activated
     cdef double slope            # slope of the activation below 0
-    cdef cnp.ndarray signs       # a bit for each value: whether its activation's input was above 0
+    cdef cnp.ndarray signs       # a bit for each value: its activation's input was not <= 0
     cdef Py_ssize_t first_bit    # which bit of signs is that of the first value
-    cdef object valid            # the positions of x that a mask leaves (see mask.py), or None
+    # Of a mask, None without one: the runs of valid positions (Run in job.hpp, one a row), a bit for
+    # each position where that is needed, and the order of x's axes in memory if x was copied.
+    cdef cnp.ndarray runs
+    cdef cnp.ndarray valid
+    cdef object order
     # Arrays of the gradients' shape and dtype. None stands for (C,) and x's dtype, or float32 for
     # 16-bit x.
     cdef cnp.ndarray gamma_like
@@ -64,11 +70,34 @@ cdef class Cache:
         if self.grouped:
             counts[:] = self.outer * self.inner
             counts[self.groups - 1] = (self.examples - (self.groups - 1) * self.outer) * self.inner
+        if self.runs is not None:
+            group = self.runs[:-1, 0] // (self.outer * self.inner)
+            counts = np.bincount(group, np.diff(self.runs[:, 1]), self.groups)
+            counts = counts.astype(np.float64)  # of no runs at all it gives integers
         return merged(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), counts)
+
+    def __copy__(self):
+        return self  # so that both know if out= overwrites x
+
+    def __deepcopy__(self, memo):
+        make, arguments, state = self.__reduce__()  # by Cython, which knows all attributes
+        twin = make(*arguments)
+        twin.__setstate__(deepcopy(state, memo))
+        return twin
 
     cdef object matrix(self, int which):
         rows = self.statistics[which * self.groups:(which + 1) * self.groups]
         return rows if self.grouped else rows[0]
+
+
+def refuse_to_pickle(cache):
+    raise TypeError(
+        "cache: expected to stay in its process, got pickled, which loses how x lies in memory; "
+        "copy.deepcopy keeps it"
+    )
+
+
+copyreg.pickle(Cache, refuse_to_pickle)
 
 
 cdef inline double* row_of(Cache cache, int which) noexcept:
@@ -79,17 +108,32 @@ cdef inline double* row_of(Cache cache, int which) noexcept:
     return <double*>cnp.PyArray_DATA(cache.statistics) + row * cache.channels
 
 
+cdef cnp.ndarray x_of(Cache cache):
+    """Return x. Another thread may forget it meanwhile, and some Pythons have no GIL."""
+    cdef cnp.ndarray x
+    with cython.critical_section(cache):
+        x = cache.x
+    if x is None:
+        raise ValueError(
+            "cache: x is needed for the gradients, but out= has overwritten it; "
+            "give another array as out"
+        )
+    return x
+
+
+cdef bint forget_x(Cache cache) except -1:
+    with cython.critical_section(cache):
+        cache.x = None
+    return True
+
+
 cdef Cache checked_cache(object cache, bint one_group=False):
     """Return the cache if backward can use it; raise otherwise."""
     if type(cache) is not Cache:
         raise TypeError(
             f"cache: expected what batch_norm returned beside y, got {type(cache).__name__}"
         )
-    if (<Cache>cache).x is None:
-        raise ValueError(
-            "cache: x is needed for the gradients, but out= has overwritten it; "
-            "give another array as out"
-        )
+    x_of(cache)
     if one_group and (<Cache>cache).grouped:
         raise ValueError("cache: expected one group of examples; use batch_norm_backward")
     return cache
@@ -138,15 +182,16 @@ def merged(means, lows, variances, counts):
     return moments
 
 
-cdef double* running(cnp.ndarray array, Py_ssize_t channels) except NULL:
+cdef double* running(cnp.ndarray array, str name, Py_ssize_t channels) except NULL:
     if not (
         cnp.PyArray_ISCARRAY(array)
         and cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64
         and cnp.PyArray_SIZE(array) == channels
     ):
         raise ValueError(
-            f"running statistics: expected contiguous float64, {channels} value(s), "
-            f"got {array.dtype}, shape {np.shape(array)}"
+            f"{name}: expected a writeable, contiguous array of float64, {channels} value(s), "
+            f"got {array.dtype}, shape {np.shape(array)}, writeable: {array.flags.writeable}, "
+            f"contiguous: {array.flags.c_contiguous}"
         )
     return <double*>cnp.PyArray_DATA(array)
 
@@ -157,15 +202,15 @@ def update_running(
     """Move running statistics, in place, towards those of a minibatch, var unbiased."""
     cdef Py_ssize_t c
     cdef double count = cache.count, unbiased
-    cdef double* running_mean = running(mean, cache.channels)
-    cdef double* running_var = running(var, cache.channels)
+    cdef double* running_mean = running(mean, "running_mean", cache.channels)
+    cdef double* running_var = running(var, "running_var", cache.channels)
     cdef double* batch_mean = row_of(cache, MEAN)
     cdef double* batch_var = row_of(cache, VAR)
     if cache.groups > 1:
         moments = cache.moments
         count = moments.count
-        batch_mean = running(moments.mean, cache.channels)
-        batch_var = running(moments.var, cache.channels)
+        batch_mean = <double*>cnp.PyArray_DATA(moments.mean)
+        batch_var = <double*>cnp.PyArray_DATA(moments.var)
     unbiased = count / (count - 1)
     for c in range(cache.channels):
         running_mean[c] = (1 - weight) * running_mean[c] + weight * batch_mean[c]

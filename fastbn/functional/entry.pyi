@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeAlias, final
 
@@ -20,7 +21,7 @@ class Cache:
 
 def forward(
     x: ArrayLike,
-    statistics: Moments | tuple[ArrayLike, ArrayLike] | None,
+    statistics: Cache | Moments | Callable[[Moments], Moments] | tuple[ArrayLike, ArrayLike] | None,
     gamma: ArrayLike | None,
     beta: ArrayLike | None,
     axis: int,

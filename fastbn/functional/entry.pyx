@@ -4,6 +4,9 @@ What is wrong with the arguments is found before anything is written. The kernel
 memory (see `plan`) and per-channel values of float64.
 """
 
+import copyreg
+from copy import deepcopy
+
 import numpy as np
 
 cimport cython
@@ -15,16 +18,17 @@ from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
 from fastbn import checks
-from fastbn.functional.mask import Valid
+from fastbn.functional.mask import bits, by_memory, checked_mask, flatten, laid_out
 from fastbn.functional.moments import Moments
 from fastbn.functional.plan import plan
 from fastbn.kernels import variants
 from fastbn.kernels.job cimport (
     APPLY, BACKWARD, BACKWARD_FIXED, FORWARD, INFERENCE,
     BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Type,
-    Job, KernelFunction, Operation,
+    Job, KernelFunction, Operation, Run,
 )
-from fastbn.runtime import memory as recycled
+from fastbn.runtime.memory cimport ALIGNMENT
+from fastbn.runtime.memory cimport empty_like as recycled
 
 cnp.import_array()
 
@@ -67,6 +71,11 @@ cdef void describe(Cache cache, cnp.ndarray x, Job* job) noexcept:
     if cache.signs is not None:
         job.signs = <uint16_t*>cnp.PyArray_DATA(cache.signs)
     job.first_bit = cache.first_bit
+    if cache.runs is not None:
+        job.runs = <const Run*>cnp.PyArray_DATA(cache.runs)
+        job.run_count, job.valid_count = cnp.PyArray_DIM(cache.runs, 0) - 1, <Py_ssize_t>cache.own
+        if cache.valid is not None:
+            job.valid = <uint16_t*>cnp.PyArray_DATA(cache.valid)
     job.gamma, job.eps = row_of(cache, GAMMA), cache.eps
     job.mean, job.mean_low = row_of(cache, MEAN), row_of(cache, MEAN_LOW)
     job.var = row_of(cache, VAR)
@@ -110,36 +119,30 @@ def forward(
     x, statistics, gamma, beta, axis, eps, activation, residual, mask, group_size, out,
     bint keep=True,
 ):
-    """Normalise x: by its own statistics, by constants (mean, var), or by Moments of more than x.
+    """Normalise x: by its own statistics, or by given ones (see `copy_statistics`).
 
     keep tells whether the cache that is returned beside y will be used to go back.
     """
     cdef cnp.ndarray given = as_floats(x, "x"), addend = None, result
     cdef Cache cache = Cache.__new__(Cache)
     cdef Job job
-    if mask is not None and group_size is not None:
-        raise ValueError(
-            f"virtual_batch_size: expected None where there is a mask, got {group_size}"
-        )
     cache.eps = checked_eps(eps)
-    if mask is None:
-        place_x(cache, given, axis)
-    else:
-        cache.valid = valid = Valid(mask, given, axis)
-        if statistics is None and not valid.count:
-            raise ValueError(f"mask: expected valid positions, got none in shape {np.shape(mask)}")
-        if residual is not None:
-            residual = valid.take(check_like(residual, "residual", given))
-        place_x(cache, valid.take(given), valid.axis)
+    if mask is not None:
+        mask = checked_mask(mask, np.shape(given), axis)
+    place_x(cache, given, axis)
     if group_size is not None:
         form_groups(cache, axis, group_size)
+    if mask is not None:
+        place_mask(cache, mask, axis)
+        if statistics is None and cache.count == 0:
+            raise ValueError(f"mask: expected valid positions, got none in shape {np.shape(mask)}")
     if statistics is None and cache.count == 0:
         raise ValueError(
             f"x: expected at least one value per channel, got shape {np.shape(given)}, axis {axis}"
         )
     set_activation(cache, activation)
     reserve_statistics(cache)
-    if statistics is not None:
+    if statistics is not None and not callable(statistics):
         copy_statistics(cache, statistics)
     cache.gamma_like = copy_parameter(cache, gamma, "gamma", GAMMA, 1)
     cache.beta_like = copy_parameter(cache, beta, "beta", BETA, 0)
@@ -151,6 +154,8 @@ def forward(
     result = target(cache, cache.x, out, addend)
     if cache.activated and keep:
         reserve_signs(cache, result)
+    if callable(statistics):  # after all that can fail here: other processes may wait for it
+        copy_statistics(cache, statistics(own_moments(cache)))
     describe(cache, cache.x, &job)
     job.out, job.beta = cnp.PyArray_DATA(result), row_of(cache, BETA)
     if addend is not None:
@@ -159,17 +164,23 @@ def forward(
     return deliver(cache, cache.x, result, out), cache
 
 
+cdef object own_moments(Cache cache):
+    """Return the Moments of the placed x, which may have no values."""
+    cdef Job job
+    if cache.count == 0:
+        cache.statistics[:GAMMA] = 0
+    else:
+        describe(cache, cache.x, &job)
+        call_kernel(&job, FORWARD)
+    return cache.moments
+
+
 def moments_of(x, axis):
     """Return the Moments of x, which may be empty."""
     cdef Cache cache = Cache.__new__(Cache)
-    cdef Job job
     place_x(cache, as_floats(x, "x"), axis)
     reserve_statistics(cache)
-    if cache.count == 0:
-        cache.statistics[...] = 0
-    describe(cache, cache.x, &job)
-    call_kernel(&job, FORWARD)
-    return cache.moments
+    return own_moments(cache)
 
 
 # --------------------------------------------------------------------------------------- backward
@@ -179,11 +190,8 @@ def moments_of(x, axis):
 
 
 cdef cnp.ndarray place_dy(Cache cache, cnp.ndarray x, object dy):
-    """Return dy where it counts, in memory as x is."""
-    cdef cnp.ndarray placed
-    if cache.valid is not None:
-        dy = cache.valid.take(check_like(dy, "dy", cache.valid.like))
-    placed = like_x(dy, "dy", x)
+    """Return dy in memory as x is."""
+    cdef cnp.ndarray placed = like_x(dy, "dy", x)
     # Check again: converting the argument may have run user code that changed the cache.
     checked_cache(cache)
     return placed
@@ -205,7 +213,7 @@ cdef tuple go_back(
     cdef cnp.ndarray placed = place_dy(cache, x, dy), result, dresidual = None
     cdef Job job
     if out is not None:
-        check_out(out, x if cache.valid is None else cache.valid.like)
+        check_out(out, x)
     result = target(cache, x, out, placed)
     describe_backward(cache, x, placed, sums, &job)
     job.out = cnp.PyArray_DATA(result)
@@ -219,11 +227,11 @@ cdef tuple go_back(
 def backward(dy, cache, out):
     """Return (dx, dgamma, dbeta), and dresidual behind them where there was a residual."""
     cdef Cache c = checked_cache(cache)
-    cdef cnp.ndarray x = c.x
+    cdef cnp.ndarray x = x_of(c)
     cdef vector[double] sums
-    if c.count != c.outer * c.inner:
+    if c.count != c.own:
         raise ValueError(
-            f"cache: expected statistics of the {c.outer * c.inner} values per channel of x alone, "
+            f"cache: expected statistics of the {c.own:.0f} values per channel of x alone, "
             f"got those of {c.count:.0f}; use batch_norm_backward_reduce and _apply"
         )
     sums.resize(2 * c.groups * c.channels)
@@ -239,7 +247,7 @@ def backward(dy, cache, out):
 def backward_reduce(dy, cache):
     """Return the sums dgamma and dbeta of a part, float64."""
     cdef Cache c = checked_cache(cache, True)
-    cdef cnp.ndarray x = c.x, placed = place_dy(c, x, dy), sums = np.zeros((2, c.channels))
+    cdef cnp.ndarray x = x_of(c), placed = place_dy(c, x, dy), sums = np.zeros((2, c.channels))
     cdef Job job
     describe_backward(c, x, placed, <double*>cnp.PyArray_DATA(sums), &job)
     call_kernel(&job, BACKWARD)
@@ -249,7 +257,7 @@ def backward_reduce(dy, cache):
 def backward_apply(dy, cache, dgamma, dbeta, out):
     """Return dx of a part by the sums of all parts, or (dx, dresidual)."""
     cdef Cache c = checked_cache(cache, True)
-    cdef cnp.ndarray x = c.x
+    cdef cnp.ndarray x = x_of(c)
     cdef vector[double] sums
     sums.resize(2 * c.channels)
     copy_values(c, dgamma, "dgamma", sums.data())

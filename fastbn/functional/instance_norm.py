@@ -47,7 +47,7 @@ def instance_norm(
 
     Notes
     -----
-    With one position, y is beta.
+    With one position and eps > 0, y is beta.
 
     References
     ----------

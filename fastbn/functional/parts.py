@@ -90,6 +90,21 @@ def merge_moments(*moments: Moments) -> Moments:
     )
 
 
+def packed(moments: Moments) -> NDArray[np.float64]:
+    """Return moments as 3 C + 1 numbers in a row, to be sent to other processes in one message."""
+    row: NDArray[np.float64] = np.concatenate(
+        [moments.mean, moments.mean_low, moments.var, [moments.count]], dtype=np.float64
+    )
+    return row
+
+
+def merge_packed(rows: NDArray[np.float64]) -> Moments:
+    """Return the moments of all values together, given a packed row of each process, in order."""
+    channels = rows.shape[1] // 3
+    means, lows, variances = (rows[:, at * channels : (at + 1) * channels] for at in range(3))
+    return entry.merged(means, lows, variances, rows[:, -1])
+
+
 def normalize(
     x: ArrayLike,
     moments: Moments,

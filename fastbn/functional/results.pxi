@@ -3,7 +3,7 @@
 cdef enum:
     # Bytes. Larger results reuse memory: malloc may return such blocks to the system, and each new
     # page costs a fault.
-    RECYCLED = 2 << 20
+    RECYCLED = 32 << 10
 
 
 cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
@@ -14,8 +14,8 @@ cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
     cdef uintptr_t offset = 0
     if cnp.PyArray_NBYTES(memory) > RECYCLED:
         if beside is not None:
-            offset = <uintptr_t>cnp.PyArray_DATA(beside) % <uintptr_t>recycled.ALIGNMENT
-        return recycled.empty_like(memory, offset)
+            offset = <uintptr_t>cnp.PyArray_DATA(beside) % ALIGNMENT
+        return recycled(memory, offset)
     if cnp.PyArray_IS_C_CONTIGUOUS(memory):
         return cnp.PyArray_EMPTY(
             cnp.PyArray_NDIM(memory), cnp.PyArray_DIMS(memory), cnp.PyArray_TYPE(memory), 0
@@ -64,7 +64,6 @@ cdef cnp.ndarray target(Cache cache, cnp.ndarray x, object out, cnp.ndarray othe
     """Return out where the kernel can write it directly, else a fresh array laid out as x is."""
     if (
         out is not None
-        and cache.valid is None
         and is_ready(out)
         and same_memory_order(out, x)
         and is_safe_target(out, x)
@@ -76,12 +75,13 @@ cdef cnp.ndarray target(Cache cache, cnp.ndarray x, object out, cnp.ndarray othe
 
 cdef object deliver(Cache cache, cnp.ndarray x, cnp.ndarray result, object out):
     """Return the result, in out where there is one; forget an x that it has overwritten."""
-    if cache.valid is not None:
-        return cache.valid.put(result, out)
+    if out is None and cache.order is not None:
+        shape = np.array(np.shape(x))[cache.order]
+        out = np.empty(shape, result.dtype).transpose(np.argsort(cache.order))
     if out is None:
         return result
     if may_share(out, x):
-        cache.x = None
+        forget_x(cache)
     if result is not out:
         np.copyto(out, result)
     return out

@@ -20,6 +20,13 @@ enum Operation {
     APPLY            // dx of FORWARD by given dgamma and dbeta
 };
 
+// Neighbouring positions that a mask leaves. A position is one of outer * inner. A run does not go
+// beyond a row of inner positions, unless channels or inner is 1, nor beyond a group.
+struct Run {
+    std::ptrdiff_t position;  // of the first
+    std::ptrdiff_t before;    // how many valid positions there are before it
+};
+
 // IN is read, OUT is written. Arrays lie in memory as (outer, channels, inner), without gaps.
 struct Job {
     Operation operation;
@@ -43,6 +50,14 @@ struct Job {
     double slope;
     std::uint16_t* signs;     // OUT (may be NULL), IN backward: whether a > 0, a bit for each value
     std::ptrdiff_t first_bit; // of the first value; a full pack of out has its bits in one word
+
+    // Of a mask, both NULL without one. Behind the last run there is one more, which ends it.
+    const Run* runs;          // IN
+    const std::uint16_t* valid;  // IN, a bit for each position; needed where inner is above 1
+    std::ptrdiff_t run_count;
+    std::ptrdiff_t valid_count;     // of this group, as are the next two; functional leaves those 0
+    std::ptrdiff_t first_position;
+    std::ptrdiff_t valid_before;
 
     const double* gamma;      // IN, one value per parameter
     const double* beta;       // IN, one value per parameter; not in backward

@@ -16,6 +16,10 @@ cdef extern from "job.hpp" namespace "fastbn" nogil:
         BACKWARD_FIXED
         APPLY
 
+    cdef struct Run:
+        Py_ssize_t position
+        Py_ssize_t before
+
     cdef struct Job:
         Operation operation
         Type type
@@ -34,6 +38,12 @@ cdef extern from "job.hpp" namespace "fastbn" nogil:
         double slope
         uint16_t* signs
         Py_ssize_t first_bit
+        const Run* runs
+        const uint16_t* valid
+        Py_ssize_t run_count
+        Py_ssize_t valid_count
+        Py_ssize_t first_position
+        Py_ssize_t valid_before
         const double* gamma
         const double* beta
         double eps

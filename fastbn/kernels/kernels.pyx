@@ -12,7 +12,8 @@ The shape. Every array is (outer, channels, inner), C-contiguous: NCHW is (N, C,
 The statistics. Values are cut into blocks. In a block each lane sums x and x*x in float64. Where
 the mean is so large that sum(x*x) - sum(x)^2 / n cancels, the block is summed again, of d = x - k
 with k its mean, rounded to the precision of x (float for 16-bit types), so that d*d is exact as
-well. (float64 values are summed so from the start, with k the block's first value.) Chan's formula
+well. (float64 values are summed so from the start, with k the mean of the block's first ones. Their
+sums keep what rounding takes, step by step [2]_.) Chan's formula
 [1]_ merges blocks in order, as distances from the channel's first value, its origin, which keeps
 what the mean itself would round away. The mean comes out as two doubles, mean + mean_low.
 
@@ -29,16 +30,18 @@ operation (contracted only where the product is exact). Neither the blocks nor t
 depend on who computes them. The pool hands the work out in chunks.
 
 .. [1] Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983.
+.. [2] Ogita, Rump, Oishi, "Accurate sum and dot product", 2005.
 """
 
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
-from fastbn.kernels.job cimport APPLY, FORWARD, INFERENCE, Job
+from fastbn.kernels.job cimport APPLY, FORWARD, INFERENCE, Job, Run
 from fastbn.kernels.loops cimport (
     LANES,
+    MOST_CHANNELS,
     MOST_RUNS,
     Columns,
     Loops,
@@ -58,8 +61,9 @@ from fastbn.kernels.loops cimport (
     store,
     sum_values,
 )
-from fastbn.runtime.cpu cimport cache_size
 from fastbn.runtime.pool cimport share_out, threads_for
+
+from fastbn.runtime.caches import caches
 
 cdef enum:
     # Changing one of these, or CANCELLED, changes bits.
@@ -68,13 +72,16 @@ cdef enum:
     LEAST_ROWS = 128         # but at least so many rows
     MOST_ROWS = 512          # and at most so many
     SIDE = 8                 # rows that are summed side by side; in backward, half as many
+    # Of float64, whose sums have no digits to spare:
+    STEP_OF_ROWS = 16        # rows that are summed before rounding errors are kept
+    SOME = 32                # values of a run whose mean is the first shift; of rows, SIDE
+    STRIP = 512              # lanes of rows at a time; this one changes no bits
     # Runs at least this long are summed one by one; in backward, half as long.
     SHORT = 256
     MIN_WIDTH = 64           # values that a row has at least, where the array has as many
-    # Changing one of these changes no bits.
-    AHEAD = 8192             # how many values ahead of the sum memory is prefetched
-    TILE = 4 << 20           # bytes in a tile of channels, about,
-    SEGMENT = 128 << 10      # and contiguous bytes in it, at most
+    # Changing one of these changes no bits, nor does what is below.
+    AHEAD = 8192             # how many values ahead of sums over rows memory is prefetched,
+    RUNS_AHEAD = 8192        # and how many bytes ahead of sums over runs
     COLUMNS = 2048           # contiguous values of short runs that are summed side by side
     # Values of a row in a panel, rounded up to whole channels. A short row or the last panel has
     # fewer.
@@ -85,9 +92,14 @@ cdef enum:
 # A block is summed again if sum(x*x) - sum(x)^2/n is below this part of sum(x*x): the mean is then
 # above some 4 standard deviations. Down to there at most 4 of float64's 53 bits are lost.
 cdef double CANCELLED = 1.0 / 16
+cdef double CANCELLED_WIDE = 1.0 / 2  # of float64, which has no digits to spare
 
-# A result larger than this part of the last-level cache is stored past the cache.
-cdef double PAST_CACHE = 0.3
+# Bytes in a tile of channels, about, and contiguous bytes in it, at most. The second read of a tile
+# comes from level 2, or where that is small from the last level.
+cdef Py_ssize_t TILE = max(caches.l2 // 2, min(1 << 20, caches.last // 4))
+cdef Py_ssize_t SEGMENT = TILE // 32
+# A larger result, in bytes, is stored past the cache.
+cdef double PAST_CACHE = max(6e6, 0.3 * caches.last)
 
 cdef struct Panel:         # the channels of a walk over rows, and their rows
     Py_ssize_t begin
@@ -120,6 +132,7 @@ cdef struct Walk:          # of one group of examples
     double* lane_shifts    # the same, one for each lane of the panel
     double* origins        # the first value of each lane of the panel
     double* sums           # two of each channel (or lane) and block
+    double* lows           # what rounding took from those of each lane
     void* lanes            # coefficients of each lane of the panel, as elements
 
 cdef struct Scratch:       # memory that arrays are cut from; without it they are only counted
@@ -154,6 +167,7 @@ cdef inline bint takes_sums(const Job* job) noexcept nogil:
     return job.operation != INFERENCE and job.operation != APPLY
 
 
+include "masks.pxi"
 include "statistics.pxi"
 include "runs.pxi"
 include "rows.pxi"
@@ -178,6 +192,8 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
         choose_panel(w, 0)
         columns, w.row = w.panel.padded, w.panel.end
         w.lane_shifts = w.origins = reserve(scratch, columns)  # only one of them is needed
+        if not w.loops.exact_products:
+            w.lows = reserve(scratch, 2 * columns)
         # Align the lanes' coefficients like out, so that loads are aligned where stores are.
         start = (<uintptr_t>job.out // job.itemsize) % LANES
         w.lanes = reserve(scratch, COEFFICIENTS * w.panel.wrapped + LANES)
@@ -206,8 +222,12 @@ cdef Py_ssize_t compute_group(
     cdef Walk w
     cdef Scratch scratch
     w.job, w.loops, w.threads = job, loops, threads
+    if job.runs != NULL and job.valid_count == 0:
+        if memory != NULL:
+            finish_without_values(job)
+        return 0
     # batch_moments (no y) sums every block again, to keep all digits.
-    w.cancelled = CANCELLED if job.out != NULL else 1
+    w.cancelled = 1 if job.out == NULL else CANCELLED if loops.exact_products else CANCELLED_WIDE
     scratch.memory, scratch.reserved = memory, 0
     lay_out(&w, &scratch)
     if memory == NULL:
@@ -245,6 +265,8 @@ cdef Job group_of(Job* job, Py_ssize_t index) noexcept nogil:
     cdef Py_ssize_t bytes = offset * job.itemsize
     group.outer = min(job.outer, job.examples - index * job.outer)
     group.count = <double>group.outer * group.inner
+    if job.runs != NULL:
+        count_valid(&group, index * job.outer * job.inner)
     group.x, group.dy, group.out = moved(job.x, bytes), moved(job.dy, bytes), moved(job.out, bytes)
     group.residual, group.dresidual = moved(job.residual, bytes), moved(job.dresidual, bytes)
     group.first_bit += offset
@@ -264,7 +286,7 @@ cdef void chunk_of_groups(void* groups, Py_ssize_t chunk) noexcept nogil:
 cdef bint past_cache(const Job* job, double bytes) noexcept nogil:
     """Whether out is larger than its share of the cache, and none of the inputs."""
     return (
-        bytes > PAST_CACHE * cache_size()
+        bytes > PAST_CACHE
         and job.out != NULL and job.out != job.x and job.out != job.dy and job.out != job.residual
     )
 
@@ -293,7 +315,9 @@ cdef int compute(Job* job) noexcept nogil:
         chunks = min(g.count, <Py_ssize_t>CHUNKS_PER_THREAD * threads)
     g.per_chunk = ceil_div(g.count, chunks)
     chunks = ceil_div(g.count, g.per_chunk)
-    g.scratch_size = compute_group(job, &g.loops, g.threads, NULL)
+    last = job[0]
+    last.valid_count = min(job.valid_count, job.outer * job.inner)
+    g.scratch_size = compute_group(&last, &g.loops, g.threads, NULL)
     if g.count > 1:
         last = group_of(job, g.count - 1)  # may be shorter, which lays it out in another way
         g.scratch_size = max(g.scratch_size, compute_group(&last, &g.loops, g.threads, NULL))

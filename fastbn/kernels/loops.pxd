@@ -1,6 +1,6 @@
 # The inner loops, for Cython: loops.hpp says what they do.
 
-from fastbn.kernels.job cimport Job
+from fastbn.kernels.job cimport Job, Run
 
 cdef extern from "loops.hpp" namespace "fastbn" nogil:
     cdef cppclass Wide:  # a pack of doubles
@@ -21,6 +21,7 @@ cdef extern from "loops.hpp" namespace "fastbn" nogil:
     cdef enum:
         LANES
         MOST_RUNS
+        MOST_CHANNELS
     cdef struct Table:
         double* center
         double* scale
@@ -34,6 +35,7 @@ cdef extern from "loops.hpp" namespace "fastbn" nogil:
         Py_ssize_t next_channel
         Py_ssize_t rows
         Py_ssize_t next_row
+        Py_ssize_t ahead
     cdef struct Columns:
         Py_ssize_t start
         Py_ssize_t width
@@ -41,11 +43,17 @@ cdef extern from "loops.hpp" namespace "fastbn" nogil:
         Py_ssize_t next_row
         Py_ssize_t side
         Py_ssize_t ahead
+        Py_ssize_t ahead_in_columns
+        bint added
     cdef struct Loops:
         bint wide
         bint exact_products
         void (*sum_runs)(
             const Job&, const Runs&, bint, double, double*, Py_ssize_t
+        ) noexcept nogil
+        void (*sum_valid)(
+            const Job&, const Run*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, bint, double,
+            double*, Py_ssize_t
         ) noexcept nogil
         void (*sum_columns)(
             const Job&, const Columns&, const double*, double*, double*

@@ -83,6 +83,9 @@ INLINE D widen(D a) { return a; }
 template <class H> INLINE auto widen(Twice<H> a) -> Twice<decltype(widen(a.lo))> {
     return {widen(a.lo), widen(a.hi)};
 }
+template <class H> INLINE auto narrow(Twice<H> a) -> Twice<decltype(narrow(a.lo))> {
+    return {narrow(a.lo), narrow(a.hi)};
+}
 
 // What the loops are written in. `lanes` counts the lanes that exist: the others read as zero and
 // are never written. load_wide reads any type as doubles.

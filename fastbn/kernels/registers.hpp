@@ -120,6 +120,10 @@ INLINE Twice<D> widen(F a) {
     return {{_mm512_cvtps_pd(_mm512_castps512_ps256(a.v))},
             {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))}};
 }
+INLINE F narrow(Twice<D> a) {
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.lo.v)),
+                               _mm512_cvtpd_ps(a.hi.v), 1)};
+}
 
 INLINE void get(D& a, const float* p) { a.v = _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 INLINE void get(F& a, const float* p, int n) { a.v = _mm512_maskz_loadu_ps(first16(n), p); }
@@ -210,6 +214,10 @@ INLINE Twice<D> widen(F a) {
     return {{_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))},
             {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))}};
 }
+INLINE F narrow(Twice<D> a) {
+    return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a.lo.v)),
+                                 _mm256_cvtpd_ps(a.hi.v), 1)};
+}
 
 INLINE void get(D& a, const float* p) { a.v = _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 INLINE void get(F& a, const float* p, int n) { a.v = _mm256_maskload_ps(p, first8(n)); }
@@ -286,6 +294,9 @@ INLINE D select(unsigned bits, D a, D b) {
 INLINE Twice<D> widen(F a) {
     return {{_mm_cvtps_pd(a.v)}, {_mm_cvtps_pd(_mm_movehl_ps(a.v, a.v))}};
 }
+INLINE F narrow(Twice<D> a) {
+    return {_mm_movelh_ps(_mm_cvtpd_ps(a.lo.v), _mm_cvtpd_ps(a.hi.v))};
+}
 
 INLINE void get(D& a, const float* p) {
     a.v = _mm_cvtps_pd(_mm_loadl_pi(_mm_setzero_ps(), (const __m64*)p));
@@ -311,6 +322,9 @@ INLINE D multiply_add(D a, D b, D c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
 INLINE Twice<D> widen(F a) {
     return {{vcvt_f64_f32(vget_low_f32(a.v))}, {vcvt_high_f64_f32(a.v)}};
 }
+INLINE F narrow(Twice<D> a) {
+    return {vcvt_high_f32_f64(vcvt_f32_f64(a.lo.v), a.hi.v)};
+}
 INLINE void set(F& a, float value) { a.v = vdupq_n_f32(value); }
 INLINE void set(D& a, double value) { a.v = vdupq_n_f64(value); }
 INLINE void get(F& a, const float* p) { a.v = vld1q_f32(p); }
@@ -335,6 +349,7 @@ INLINE D operator/(D a, D b) { return {a.v / b.v}; }
 INLINE D root(D a) { return {std::sqrt(a.v)}; }
 INLINE D multiply_add(D a, D b, D c) { return {a.v * b.v + c.v}; }
 INLINE D widen(F a) { return {a.v}; }
+INLINE F narrow(D a) { return {(float)a.v}; }
 INLINE void set(F& a, float value) { a.v = value; }
 INLINE void set(D& a, double value) { a.v = value; }
 INLINE void get(F& a, const float* p) { a.v = *p; }

@@ -1,4 +1,5 @@
-# The walk over runs (inner >= 16): lanes go along the values of one channel.
+# The walk over runs (inner >= 16): lanes go along the values of one channel. Behind a mask they go
+# along its valid positions, and a block is a piece of these.
 
 cdef struct Block:
     Py_ssize_t first_row
@@ -16,12 +17,18 @@ cdef inline Py_ssize_t rows_of_block(Job* job) noexcept nogil:
 
 
 cdef inline Py_ssize_t blocks_of_runs(Job* job) noexcept nogil:
+    if job.runs != NULL:
+        return ceil_div(job.valid_count, BLOCK)
     return ceil_div(job.outer, rows_of_block(job)) * pieces_of_run(job)
 
 
 cdef inline Block block_of_runs(Job* job, Py_ssize_t b) noexcept nogil:
-    """Return where block b lies: some whole runs, or a piece of one."""
+    """Return where block b lies: some whole runs, or a piece of one, or of the valid positions."""
     cdef Block block
+    if job.runs != NULL:
+        block.first_row, block.end_row, block.first = 0, 1, b * BLOCK
+        block.length = min(job.valid_count - block.first, <Py_ssize_t>BLOCK)
+        return block
     block.first_row = b // pieces_of_run(job) * rows_of_block(job)
     block.end_row = min(block.first_row + rows_of_block(job), job.outer)
     block.first = b % pieces_of_run(job) * BLOCK
@@ -41,9 +48,9 @@ cdef inline double* sums_of(Walk* w, Py_ssize_t channel, Py_ssize_t index) noexc
 cdef Py_ssize_t choose_tile(Walk* w) noexcept nogil:
     """Return how many channels a tile has.
 
-    Each example adds one segment. Long segments help the hardware prefetcher. All segments of a
-    tile should fit in a cache, and each thread needs several tiles. With a residual two streams are
-    read, so segments are twice as long.
+    Each example adds one segment. Long segments are straight lines through memory. All segments of
+    a tile should fit in a cache, and each thread needs several tiles. With a residual two streams
+    are read, so segments are twice as long.
     """
     cdef Py_ssize_t twice = 1 if w.job.residual == NULL else 2
     cdef Py_ssize_t least = SEGMENT // 16, run = w.job.inner * w.job.itemsize
@@ -54,17 +61,36 @@ cdef Py_ssize_t choose_tile(Walk* w) noexcept nogil:
 
 
 cdef void sum_long_runs(
-    Walk* w, Py_ssize_t begin, Py_ssize_t end, Block block, Py_ssize_t index,
-    bint shifted, double k,
+    Walk* w, Py_ssize_t begin, Py_ssize_t end, Block block, bint shifted, double k, double* sums
 ) noexcept nogil:
-    """Sum a block of some channels, run by run."""
+    """Sum a block of some channels, or a part of one, run by run; sums are those of the first."""
     cdef Job* job = w.job
+    cdef Py_ssize_t first
     cdef Runs runs
+    if job.runs != NULL:
+        first = job.valid_before + block.first
+        w.loops.sum_valid(
+            job[0], run_of_valid(job, first), first, first + block.length, begin, end - begin,
+            shifted, k, sums, 2 * w.blocks,
+        )
+        return
     runs.start = (block.first_row * job.channels + begin) * job.inner + block.first
     runs.channels, runs.next_channel = end - begin, job.inner
     runs.rows, runs.next_row = block.end_row - block.first_row, job.channels * job.inner
-    runs.length = block.length
-    w.loops.sum_runs(job[0], runs, shifted, k, sums_of(w, begin, index), 2 * w.blocks)
+    runs.length, runs.ahead = block.length, RUNS_AHEAD // job.itemsize
+    w.loops.sum_runs(job[0], runs, shifted, k, sums, 2 * w.blocks)
+
+
+cdef double center_of_block(Walk* w, Py_ssize_t c, Block block) noexcept nogil:
+    """Return a number near the mean of a block: that of its first values."""
+    cdef double first
+    cdef double sums[2]
+    first = w.loops.value_at(
+        w.job.x, place_of(w.job, c, block.first_row * w.job.inner + block.first)
+    )
+    block.end_row, block.length = block.first_row + 1, min(block.length, <Py_ssize_t>SOME)
+    sum_long_runs(w, c, c + 1, block, True, first, sums)
+    return first + sums[0] / block.length
 
 
 cdef void sum_short_runs(
@@ -81,7 +107,8 @@ cdef void sum_short_runs(
     columns.width = (end - begin) * job.inner
     columns.rows, columns.next_row = block.end_row - block.first_row, job.channels * job.inner
     columns.side = SIDE if job.dy == NULL else SIDE // 2
-    columns.ahead = 0
+    columns.ahead, columns.ahead_in_columns = 0, columns.side * columns.next_row
+    columns.added = False
     w.loops.sum_columns(job[0], columns, NULL, a, b)
     for c in range(end - begin):
         sums = sums_of(w, begin + c, index)
@@ -96,19 +123,17 @@ cdef void finish_block(Walk* w, Py_ssize_t c, Block block, Py_ssize_t index) noe
     cdef double k = 0, n = size_of(block)
     if job.dy != NULL:
         if not w.loops.exact_products or w.shifts[c] != 0:
-            sum_long_runs(w, c, c + 1, block, index, True, w.shifts[c])
+            sum_long_runs(w, c, c + 1, block, True, w.shifts[c], sums)
         return
     if not w.loops.exact_products:
-        k = w.loops.value_at(
-            job.x, (block.first_row * job.channels + c) * job.inner + block.first
-        )
-        sum_long_runs(w, c, c + 1, block, index, True, k)
+        k = sums[0]
+        sum_long_runs(w, c, c + 1, block, True, k, sums)
     if sums[1] - sums[0] * sums[0] / n < sums[1] * w.cancelled:
         # Rounded to the precision of x. Then d * d is exact, except for float64.
         k = rounded(k + sums[0] / n, w.loops.wide)
-        sum_long_runs(w, c, c + 1, block, index, True, k)
+        sum_long_runs(w, c, c + 1, block, True, k, sums)
     sums[1] -= sums[0] * sums[0] / n
-    sums[0] = (k - w.loops.value_at(job.x, c * job.inner)) + sums[0] / n
+    sums[0] = (k - w.loops.value_at(job.x, place_of(job, c, 0))) + sums[0] / n
 
 
 cdef void sum_tile(
@@ -121,8 +146,10 @@ cdef void sum_tile(
     # so that memory is read in a straight line.
     cdef Py_ssize_t at_once = end - begin if job.inner <= BLOCK else 1
     cdef Py_ssize_t least = SHORT if job.dy == NULL else SHORT // 2
-    cdef bint in_columns = job.inner < least and job.outer >= SIDE
+    cdef bint in_columns = job.inner < least and job.outer >= SIDE and job.runs == NULL
     cdef Py_ssize_t side_by_side = COLUMNS // job.inner if in_columns else <Py_ssize_t>MOST_RUNS
+    if job.runs != NULL:
+        side_by_side = MOST_CHANNELS
     cdef Block block
     while upto < end:
         begin, upto = upto, min(upto + at_once, end)
@@ -133,7 +160,12 @@ cdef void sum_tile(
                     if in_columns:
                         sum_short_runs(w, c, min(c + side_by_side, upto), block, index)
                     else:
-                        sum_long_runs(w, c, min(c + side_by_side, upto), block, index, False, 0)
+                        sum_long_runs(
+                            w, c, min(c + side_by_side, upto), block, False, 0, sums_of(w, c, index)
+                        )
+            elif job.dy == NULL:
+                for c in range(begin, upto):
+                    sums_of(w, c, index)[0] = center_of_block(w, c, block)
             for c in range(begin, upto):
                 finish_block(w, c, block, index)
 
@@ -143,24 +175,25 @@ cdef void finish_runs(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     cdef Job* job = w.job
     cdef Py_ssize_t c, s, i
     cdef double* sums
-    cdef double first, second, n, size
+    cdef bint careful = not w.loops.exact_products
+    cdef Merged all
     for c in range(begin, end):
         s = statistic_of(job, c)
-        first = second = n = 0
+        all = Merged(0, 0, 0, 0, 0)
         for i in range(w.blocks):
             sums = sums_of(w, c, i)
             if job.operation == FORWARD:
-                size = size_of(block_of_runs(job, i))
-                merge(&first, &second, n, sums[0], sums[1], size)
-                n += size
+                merge(&all, sums[0], sums[1], size_of(block_of_runs(job, i)), careful)
             else:
-                first += sums[0]
-                second += sums[1]
+                add(&all.mean, &all.mean_low, sums[0], careful)
+                add(&all.m2, &all.m2_low, sums[1], careful)
+        all.mean += all.mean_low
+        all.m2 += all.m2_low
         if job.operation == FORWARD:
-            job.mean[s], job.var[s] = first, second
-            job.mean_low[s] = w.loops.value_at(job.x, c * job.inner)
+            job.mean[s], job.var[s] = all.mean, all.m2
+            job.mean_low[s] = w.loops.value_at(job.x, place_of(job, c, 0))
         else:
-            job.dbeta[s], job.dgamma[s] = first, second
+            job.dbeta[s], job.dgamma[s] = all.mean, all.m2
     make_coefficients(w, begin, end)
 
 

@@ -1,14 +1,31 @@
 # From sums to statistics, and from statistics to coefficients: over channels, 16 at a time.
 
 
+cdef inline void add(double* sum, double* low, double term, bint careful) noexcept nogil:
+    """Add a term to a sum; where asked, add up what that loses in rounding as well (TwoSum [2]_)."""
+    cdef double high = sum[0] + term, part
+    if careful:
+        part = high - sum[0]
+        low[0] += (sum[0] - (high - part)) + (term - part)
+    sum[0] = high
+
+
+cdef struct Merged:        # moments of n values, or sums; low is what rounding took
+    double n
+    double mean
+    double mean_low
+    double m2
+    double m2_low
+
+
 cdef inline void merge(
-    double* mean, double* m2, double n, double block_mean, double block_m2, double block_n
+    Merged* all, double mean, double m2, double n, bint careful
 ) noexcept nogil:
-    """Take a block into the moments of n values before it (Chan's formula)."""
-    cdef double delta = block_mean - mean[0]
-    cdef double weight = block_n / (n + block_n)
-    mean[0] += delta * weight
-    m2[0] += block_m2 + delta * delta * (n * weight)
+    """Take a block of n values into the moments of those before it (Chan's formula)."""
+    cdef double delta = (mean - all.mean) - all.mean_low, weight = n / (all.n + n)
+    add(&all.mean, &all.mean_low, delta * weight, careful)
+    add(&all.m2, &all.m2_low, m2 + delta * delta * (all.n * weight), careful)
+    all.n += n
 
 
 cdef void finish_moments(Job* job, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fastbn.runtime import blas
+from fastbn.runtime.caches import caches
 from fastbn.runtime.cpu import cpu_features
 from fastbn.runtime.pool import get_num_threads
 
@@ -54,7 +56,7 @@ kernels = import_module(f"fastbn.kernels.{isa}")
 
 
 def runtime_info() -> dict[str, Any]:
-    """Describe what runs: versions, machine, kernel variant, threads.
+    """Describe what runs: versions, machine, kernel variant, threads, caches.
 
     Returns
     -------
@@ -63,7 +65,11 @@ def runtime_info() -> dict[str, Any]:
         ``cpu_features``: the vector instructions beyond the baseline that CPU and operating system
         can run, as far as a variant needs them. ``isa``: the kernel variant in use.
         ``available_isas``: those that FASTBN_ISA can name. ``threads``: how many threads one call
-        uses at most.
+        uses at most. ``caches``: levels 1 and 2 of a core and the share of the last level that
+        this process counts on, as found or as FASTBN_CACHES says (``"32K,1M,32M"``).
+        ``openblas_thread_timeout``: how long idle threads of OpenBLAS spin, as 2 to this power
+        cycles, or "unset" where NumPy was loaded without a word: they then spin for some 0.1 s,
+        which takes a CPU away from fastbn's own threads after each matrix product.
 
     Examples
     --------
@@ -82,4 +88,6 @@ def runtime_info() -> dict[str, Any]:
         "isa": isa,
         "available_isas": available_isas(),
         "threads": get_num_threads(),
+        "caches": str(caches),
+        "openblas_thread_timeout": blas.thread_timeout,
     }

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import checks, functional
+from fastbn.functional import entry
+from fastbn.functional.parts import merge_packed, packed
 from fastbn.layers import conversions
-from fastbn.layers.base import Array, Norm
+from fastbn.layers.base import Array, Norm, checked_or_none
+from fastbn.layers.collective import Communicator, Gather, exchange
 
 if TYPE_CHECKING:
-    from fastbn.functional import Activation
+    from fastbn.functional import Activation, Cache, Moments
+
+
+LIMITS = checks.Rule(
+    "None or two numbers, r_max >= 1 and d_max >= 0", tuple,
+    lambda x: len(x) == 2 and {*map(type, x)} <= {int, float} and x[0] >= 1 and x[1] >= 0,
+)  # fmt: skip
 
 
 class BatchNorm(Norm):
@@ -51,9 +61,26 @@ class BatchNorm(Norm):
     virtual_batch_size : int or None
         In training, normalise so many examples at a time (ghost batch norm), as in `batch_norm`.
         The running statistics are those of the whole minibatch all the same.
+    renorm : None or (r_max, d_max)
+        Batch renormalisation [2]_, for small minibatches. Training takes
+        ``y = gamma * (r * (x - mean) / sqrt(var + eps) + d) + beta`` with the constants::
+
+            r = clip(sqrt(var + eps) / sqrt(running_var + eps), 1 / r_max, r_max)
+            d = clip((mean - running_mean) / sqrt(running_var + eps), -d_max, d_max)
+
+        Within the limits y is what evaluation gives. (1, 0) is batch norm; the paper starts with
+        it, and widens the limits to (3, 5) while it trains. The running statistics, which start at
+        0 and 1, need that time.
+    comm : communicator or None
+        Of mpi4py, or any object with `rank`, `size` and ``Allgather(send, recv)``. The minibatch is
+        then that of all its ranks: in training each sends the moments of its part to all others,
+        and in backward its sums, and all merge them in the order of ranks, to the same bits. Parts
+        may be uneven or empty. See Notes. A copy of the layer has None.
 
     Attributes
     ----------
+    num_features, axis, eps, momentum, dtype, activation, virtual_batch_size, renorm, comm
+        The arguments. They are checked when they are set, too.
     params, grads : dict of str to ndarray
         The parameters "gamma" and "beta", shape (C,), and their gradients, under the same keys;
         empty if not affine. Optimizers change the arrays in place.
@@ -63,6 +90,8 @@ class BatchNorm(Norm):
         How many minibatches the running statistics have seen.
     training : bool
         Which of the two modes the layer is in.
+    frozen, frozen_params : bool, tuple of str
+        Whether `freeze` keeps the running statistics, and which parameters.
 
     Raises
     ------
@@ -71,6 +100,12 @@ class BatchNorm(Norm):
 
     Notes
     -----
+    With `comm` all ranks call `forward` in training, and then `backward`, of the same layers in the
+    same order; dy is the gradient of one loss, the same for all ranks. dgamma and dbeta are
+    those of this rank's part alone: their sum over the ranks is the gradient, as with the
+    parameters of any layer. What a rank cannot do (a wrong shape, say) raises on all ranks, and
+    names the rank.
+
     Different layers can be used from different threads; one layer is for one thread at a time.
     A copy (`copy.deepcopy`, pickle) has the state but neither the hooks nor the minibatch that
     `backward` would go back through.
@@ -79,6 +114,8 @@ class BatchNorm(Norm):
     ----------
     .. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
        Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167
+    .. [2] S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+       Batch-Normalized Models", NIPS 2017, https://arxiv.org/abs/1702.03275
 
     Examples
     --------
@@ -90,18 +127,25 @@ class BatchNorm(Norm):
     array([0.2, 2. ])
     """
 
+    virtual_batch_size: int | None = checked_or_none(partial(checks.integer, least=1))
+    renorm: tuple[float, float] | None = checked_or_none(
+        partial(checks.hyper_parameter, rule=LIMITS)
+    )
+    comm: Communicator | None = checked_or_none(checks.communicator)
+
     def __init__(
         self, num_features: int, *, axis: int = 1, eps: float = 1e-5, momentum: float | None = 0.1,
         affine: bool = True, track_running_stats: bool = True, dtype: DTypeLike = np.float32,
         activation: Activation = None, virtual_batch_size: int | None = None,
+        renorm: tuple[float, float] | None = None, comm: Communicator | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             num_features, axis=axis, eps=eps, momentum=momentum, affine=affine,
             track_running_stats=track_running_stats, dtype=dtype, activation=activation,
         )  # fmt: skip
-        self.virtual_batch_size = virtual_batch_size
-        if virtual_batch_size is not None:
-            self.virtual_batch_size = checks.integer("virtual_batch_size", virtual_batch_size, 1)
+        self.virtual_batch_size, self.renorm, self.comm = virtual_batch_size, renorm, comm
+        self._check_renorm()
+        self._check_comm()
 
     fold_into = conversions.fold_into
     from_keras = classmethod(conversions.from_keras)
@@ -134,29 +178,86 @@ class BatchNorm(Norm):
         ValueError
             If x has another number of channels, or in training one value per channel or none (in
             a group of `virtual_batch_size` examples, or left by the mask), or if residual or mask
-            is of another shape.
+            is of another shape, or if `renorm` is set beside `virtual_batch_size`, or without
+            running statistics.
         """
+        if self.comm is None or not self.training or self.frozen:
+            return self._forward(x, residual, mask)
+        with exchange(self.comm, 3 * self.num_features + 1) as gather:
+            self._check_comm()
+            return self._forward(x, residual, mask, gather)
+
+    def _forward(
+        self, x: ArrayLike, residual: ArrayLike | None, mask: ArrayLike | None,
+        gather: Gather | None = None,
+    ) -> Array:  # fmt: skip
+        """Do as `forward`; with `gather` the minibatch is that of all ranks."""
         x = self._with_channels(x)
+        constants = self._constants()
+        if constants is not None:
+            return self._forward_by_constants(x, constants, residual, mask)
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         mean, var = self.running_mean, self.running_var
-        if not self.training and mean is not None and var is not None:
-            y, self._cache = functional.inference_with_cache(
-                x, mean, var, gamma, beta, self.axis, self.eps, self.activation, residual, mask
-            )
-            return y
         group = self.virtual_batch_size if self.training else None
-        self._refuse_too_few(x, mask, group)
-        y, cache = functional.batch_norm(
-            x, gamma, beta, axis=self.axis, eps=self.eps, activation=self.activation,
-            residual=residual, mask=mask, virtual_batch_size=group,
+        statistics: Any = None  # the minibatch's own
+        if gather is not None:
+            statistics = partial(self._merged, gather)
+        else:
+            self._refuse_too_few(x, mask, group)
+        correction = None
+        self._check_renorm()
+        if self.training and self.renorm is not None and mean is not None and var is not None:
+            _, statistics = entry.forward(
+                x, statistics, None, None, self.axis, self.eps, None, residual, mask, None, None,
+                False,
+            )  # fmt: skip
+            correction = r, d = self._correction(statistics, mean, var, *self.renorm)
+            scale: Any = 1.0 if gamma is None else gamma
+            gamma, beta = scale * r, scale * d + (0.0 if beta is None else beta)
+        y, cache = entry.forward(
+            x, statistics, gamma, beta, self.axis, self.eps, self.activation, residual, mask,
+            group, None, self._may_go_back(),
         )  # fmt: skip
         if self.training and self._seen is not None:
-            self._seen.append(cache.moments)
+            if gather is None:
+                self._seen.append(cache.moments)
         elif self.training and mean is not None and var is not None:
             functional.update_running(cache, mean, var, self._weight())
             self.num_batches_tracked += 1
-        self._cache = cache
+        self._keep(cache, correction, None if gather is None else self.comm)
         return y
+
+    def _merged(self, gather: Gather, own: Moments) -> Moments:
+        """Return the moments of all ranks, merged in their order; all get the same bits."""
+        if self._seen is not None:
+            self._seen.append(own)
+        moments = merge_packed(gather(packed(own)))
+        if moments.count < 2:
+            words = "more than one value per channel on all ranks together"
+            raise ValueError(f"x: expected {words}, got {moments.count}")
+        return moments
+
+    def _check_comm(self) -> None:
+        """Refuse a communicator together with what it cannot go with."""
+        size = self.virtual_batch_size
+        if self.comm is not None and size is not None:
+            raise ValueError(f"virtual_batch_size: expected None where there is a comm, got {size}")
+
+    def _check_renorm(self) -> None:
+        """Refuse renorm together with what it cannot go with."""
+        if self.renorm is not None and self.virtual_batch_size is not None:
+            raise ValueError("renorm: expected None where there is a virtual_batch_size")
+        if self.renorm is not None and (self.running_mean is None or self.running_var is None):
+            raise ValueError("renorm: expected None where there are no running statistics")
+
+    def _correction(
+        self, of: Cache | Moments, mean: Array, var: Array, r_max: float, d_max: float
+    ) -> tuple[Array, Array]:
+        """Return r and d of batch renormalisation, float64, shape (C,)."""
+        with np.errstate(divide="ignore", invalid="ignore"):  # eps may be 0
+            std = np.sqrt(var + self.eps)
+            r, d = np.sqrt(of.var + self.eps) / std, (of.mean - mean) / std
+        return np.clip(r, 1 / r_max, r_max), np.clip(d, -d_max, d_max)
 
     def _refuse_too_few(self, x: Array, mask: ArrayLike | None, group: int | None) -> None:
         """Refuse a minibatch in which a channel, in some group, has less than two values."""
@@ -174,5 +275,10 @@ class BatchNorm(Norm):
             words = "more than one value per channel to take statistics of"
             raise ValueError(f"x: expected {words}, got shape {x.shape}{why}")
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, virtual_batch_size={self.virtual_batch_size})"
+    def _options(self) -> str:
+        renorm = "" if self.renorm is None else f", renorm={self.renorm}"
+        comm = "" if self.comm is None else f", comm=<rank {self.comm.rank} of {self.comm.size}>"
+        return f"{super()._options()}, virtual_batch_size={self.virtual_batch_size}{renorm}{comm}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "comm": None}

@@ -33,7 +33,7 @@ def fold_into(
 
     Parameters
     ----------
-    weight : array_like of float16, float32 or float64
+    weight : array_like of float16, bfloat16, float32 or float64
         Of the map whose result the layer normalises, with `num_features` entries on `axis`.
     bias : array_like, optional
         The bias of that map, `num_features` values in any shape; None stands for zeros.
@@ -66,8 +66,8 @@ def fold_into(
         given = "this layer was made with track_running_stats=False"
         raise RuntimeError(f"fold_into: expected running statistics, {given}")
     w = checks.array("weight", weight)
-    if w.dtype.kind != "f" or w.dtype.itemsize > 8:
-        raise TypeError(f"weight: expected float16, float32 or float64, got {w.dtype}")
+    if not checks.is_float(w.dtype):
+        raise TypeError(f"weight: expected float16, bfloat16, float32 or float64, got {w.dtype}")
     axis = checks.integer("axis", axis)
     if not -w.ndim <= axis < w.ndim or w.shape[axis] != bn.num_features:
         words = f"{bn.num_features} output channels on axis {axis}"
@@ -80,7 +80,7 @@ def fold_into(
     shift = (flat - bn.running_mean) * scale + bn.params.get("beta", 0)
     columns = [1] * w.ndim
     columns[axis] = -1
-    folded = w * scale.reshape(columns)
+    folded = w.astype(np.float64) * scale.reshape(columns)
     return folded.astype(w.dtype), shift.reshape(b.shape).astype(w.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numpy.typing import ArrayLike
 
-from fastbn import functional
+from fastbn.functional import entry
 from fastbn.layers.base import Array, Norm
 
 
@@ -29,8 +29,8 @@ class InstanceNorm(Norm):
 
     Attributes
     ----------
-    params, grads, running_mean, running_var, num_batches_tracked, training
-        As in `BatchNorm`.
+    params, grads, running_mean, running_var, num_batches_tracked, training, frozen, frozen_params
+        As in `BatchNorm`, and so are the arguments.
 
     Raises
     ------
@@ -57,19 +57,16 @@ class InstanceNorm(Norm):
         statistics are taken.
         """
         x = self._with_channels(x)
-        gamma, beta = self.params.get("gamma"), self.params.get("beta")
+        constants = self._constants()
+        if constants is not None:
+            return self._forward_by_constants(x, constants, residual)
         mean, var = self.running_mean, self.running_var
-        if not self.training and mean is not None and var is not None:
-            y, self._cache = functional.inference_with_cache(
-                x, mean, var, gamma, beta, self.axis, self.eps, self.activation, residual
-            )
-            return y
         if x.ndim < 2 or x.size < 2 * self.num_features * max(1, self._examples(x)):
             words = "more than one position per example and channel to take statistics of"
             raise ValueError(f"x: expected {words}, got shape {x.shape}")
-        y, cache = functional.instance_norm(
-            x, gamma, beta, axis=self.axis, eps=self.eps, activation=self.activation,
-            residual=residual,
+        y, cache = entry.forward(
+            x, None, self.params.get("gamma"), self.params.get("beta"), self.axis, self.eps,
+            self.activation, residual, None, 1, None, self._may_go_back(),
         )  # fmt: skip
         if self.training and self._seen is None and mean is not None and var is not None:
             self._writeable("running_mean", "running_var")
@@ -80,5 +77,5 @@ class InstanceNorm(Norm):
                 (1 - weight) * var + weight * unbiased,
             )
             self.num_batches_tracked += 1
-        self._cache = cache
+        self._keep(cache)
         return y

@@ -36,7 +36,8 @@ class Optimizer(ABC):
     ----------
     layers : iterable of layers, or one layer
         Anything with `params` and `grads`. No memory may occur in them twice. Names, shapes and
-        dtypes of the parameters are fixed from here on; an array may be replaced by another.
+        dtypes of the parameters are fixed from here on; an array may be replaced by another. What a
+        layer names in `frozen_params`, if it has that, stays as it is.
     lr, weight_decay, and further numbers : float
         The hyper-parameters. They are attributes, and may be set at any time.
     decays : callable
@@ -114,6 +115,7 @@ class Optimizer(ABC):
     def _step(self, parameters: list[Parameter], layers: tuple[Layer, ...]) -> None:
         if self.stepping:
             raise RuntimeError("step: called from inside a step, by a hook")
+        parameters = [q for q in parameters if not q.is_frozen()]
         arrays = [q.fetch() for q in parameters]
         self.stepping = layers
         try:

@@ -49,6 +49,10 @@ class Parameter:
         self.state |= {f"{at}.{name}.{each}": np.zeros(p.shape, p.dtype, order) for each in buffers}
         self.step, *self.buffers = self.state.values()
 
+    def is_frozen(self) -> bool:
+        """Return whether the layer wants the parameter left as it is (see `BatchNorm.freeze`)."""
+        return self.name in getattr(self.layer, "frozen_params", ())
+
     def fetch(self) -> tuple[Array, Array]:
         """Return the arrays now in params and grads, checked, so that an update cannot fail."""
         p, g = self.layer.params.get(self.name), self.layer.grads.get(self.name)

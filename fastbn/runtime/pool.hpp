@@ -23,8 +23,10 @@
 #include <pthread.h>
 #include <signal.h>
 #endif
-#if defined(__GLIBC__)
+#if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace fastbn {
@@ -46,7 +48,7 @@ class Pool {
         chunks_ = (std::uint32_t)chunks;
         done_.store(0, std::memory_order_relaxed);
         helpers_.store(helpers);
-#if defined(__GLIBC__)
+#if defined(__linux__)
         caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
 #endif
         // The generation tells the chunks of this work from those that a late worker remembers.
@@ -56,13 +58,14 @@ class Pool {
             wake_.notify_all();
         }
         take_chunks(-1);
-        while (done_.load(std::memory_order_acquire) < chunks_) std::this_thread::yield();
+        wait_for_workers();
         busy_.store(false, std::memory_order_release);
     }
 
   private:
     // How long an idle worker yields before it sleeps; see docs/decisions.
     static constexpr std::chrono::microseconds PATIENCE{100};
+    static constexpr std::uint64_t SLICE = 100'000;  // nanoseconds
 
     bool take_chunks(int id) {
         bool took = false;
@@ -73,18 +76,38 @@ class Pool {
                                                std::memory_order_acquire))
                 continue;
             // The work cannot be replaced before this chunk is done.
-            task_(work_, chunks_ - left);
-            done_.fetch_add(1, std::memory_order_release);
+            std::uint32_t all = chunks_;
+            task_(work_, all - left);
+            if (done_.fetch_add(1) + 1 == all && caller_waits_.load()) {
+                { std::lock_guard<std::mutex> lock(mutex_); }
+                finished_.notify_all();
+            }
             took = true;
             ticket = ticket_.load(std::memory_order_acquire);
         }
         return took;
     }
 
+    // Yield for a moment, then sleep: a caller of high priority could keep a worker from running.
+    void wait_for_workers() {
+        auto begin = std::chrono::steady_clock::now();
+        while (done_.load(std::memory_order_acquire) < chunks_) {
+            if (std::chrono::steady_clock::now() - begin < PATIENCE) {
+                std::this_thread::yield();
+            } else {
+                std::unique_lock<std::mutex> lock(mutex_);
+                caller_waits_.store(true);  // before the last look at done_: see take_chunks
+                while (done_.load() < chunks_) finished_.wait(lock);
+                caller_waits_.store(false);
+            }
+        }
+    }
+
     bool wanted(int id) const { return id < helpers_.load() && (std::uint32_t)ticket_.load() > 0; }
 
     void work(int id) {
         using clock = std::chrono::steady_clock;
+        ask_for_short_slices();
         for (clock::time_point idle = clock::now();;) {
             leave_callers_cpu();
             if (wanted(id) && take_chunks(id)) {
@@ -103,18 +126,38 @@ class Pool {
         }
     }
 
-    // The scheduler may wake a worker where the caller runs, and leave it there for milliseconds:
-    // then the two take turns. A change of the affinity, taken back at once, moves it away.
+    // The scheduler may wake a worker on the CPU where the caller runs, although others are idle:
+    // in a virtual machine a CPU that sleeps looks as if it was taken away. With a short slice of
+    // time the worker soon runs there, and leaves. Linux 6.12 and later heed it.
+    static void ask_for_short_slices() {
+#if defined(__linux__) && defined(SYS_sched_setattr)
+        struct {
+            std::uint32_t size, policy;
+            std::uint64_t flags;
+            std::int32_t nice;
+            std::uint32_t priority;
+            std::uint64_t runtime, deadline, period;
+        } attributes = {};
+        if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0)) return;
+        if (attributes.policy != SCHED_OTHER) return;
+        attributes.runtime = SLICE;
+        syscall(SYS_sched_setattr, 0, &attributes, 0);
+#endif
+    }
+
+    // A change of the affinity, taken back at once, moves a worker away from the caller's CPU. If
+    // somebody else has changed it meanwhile, that change stays.
     void leave_callers_cpu() {
-#if defined(__GLIBC__)
+#if defined(__linux__)
         int cpu = sched_getcpu();
         if (cpu < 0 || cpu != caller_cpu_.load(std::memory_order_relaxed)) return;
-        cpu_set_t allowed, others;
+        cpu_set_t allowed, others, found;
         if (cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed)) return;
         others = allowed;
         CPU_CLR(cpu, &others);
-        if (CPU_COUNT(&others) > 0 && !sched_setaffinity(0, sizeof others, &others))
-            sched_setaffinity(0, sizeof allowed, &allowed);
+        if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others)) return;
+        if (sched_getaffinity(0, sizeof found, &found) || !CPU_EQUAL(&found, &others)) return;
+        sched_setaffinity(0, sizeof allowed, &allowed);
 #endif
     }
 
@@ -148,10 +191,13 @@ class Pool {
     Task task_ = nullptr;
     void* work_ = nullptr;
     std::uint32_t chunks_ = 0;
+
     std::atomic<int> caller_cpu_{-1};
 
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_;      // of workers
+    std::condition_variable finished_;  // of the caller
+    std::atomic<bool> caller_waits_{false};
     std::atomic<int> sleepers_{0};
 };
 

@@ -2,10 +2,9 @@
 
 import os
 import re
-from math import ceil
-from pathlib import Path
 
 from fastbn import checks
+from fastbn.runtime.limits import usable_cpus
 
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
     cdef cppclass Pool:
@@ -75,40 +74,6 @@ def get_num_threads():
     return fastbn_get_num_threads()
 
 
-def cpus_of_control_group(root="/sys/fs/cgroup", membership="/proc/self/cgroup"):
-    """Return how many CPUs the control groups of this process grant it, or None: no limit."""
-    quotas = []
-    try:
-        lines = os.fsdecode(Path(membership).read_bytes()).splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["none", ""])[:3]
-        if controllers == "":  # version 2
-            base = Path(root)
-        elif "cpu" in controllers.split(","):
-            base = Path(root, "cpu")
-        else:
-            continue
-        here = base / path.lstrip("/")
-        # Limits of the groups around it hold as well. In a container the path may be the host's.
-        quotas += [quota_of(group) for group in (here, *here.parents) if group.is_relative_to(base)]
-    return min((quota for quota in quotas if quota is not None), default=None)
-
-
-def quota_of(group):
-    """Return how many CPUs a control group grants, or None."""
-    try:
-        if (group / "cpu.max").exists():  # version 2: "150000 100000" or "max 100000"
-            quota, period = (group / "cpu.max").read_text().split()
-        else:  # version 1: -1 is no limit
-            quota = (group / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu.cfs_period_us").read_text()
-        return int(quota) / int(period) if int(quota) >= 0 else None
-    except (OSError, ValueError, ZeroDivisionError):  # ValueError: also "max"
-        return None
-
-
 def default_num_threads():
     """Return what FASTBN_NUM_THREADS or OMP_NUM_THREADS says, or how many CPUs there are."""
     wanted = os.environ.get("FASTBN_NUM_THREADS")
@@ -122,9 +87,7 @@ def default_num_threads():
     openmp = re.match(r"\s*(\d{1,4})\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""))
     if openmp and 1 <= int(openmp[1]) <= MOST:
         return int(openmp[1])
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cpus, ceil(cpus_of_control_group() or cpus), MOST))
+    return min(usable_cpus(), MOST)
 
 
 fastbn_set_num_threads(default_num_threads())
