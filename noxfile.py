@@ -47,9 +47,9 @@ def oldest(session):
 
 @nox.session
 def peers(session):
-    """Run the tests that compare with PyTorch, ONNX and Keras, which the other sessions skip."""
-    session.install(".[test]", "torch==2.13.0", "onnx", "keras")
-    names = "torch or onnx or keras"
+    """Run the tests with PyTorch, JAX, ONNX and Keras, which the other sessions skip."""
+    session.install(".[test]", "torch==2.13.0", "jax", "onnx", "keras")
+    names = "torch or jax or onnx or keras"
     session.run("pytest", "-k", names, *session.posargs, env={"KERAS_BACKEND": "torch"})
 
 

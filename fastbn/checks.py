@@ -8,6 +8,7 @@ optimizer has which rule stands in `optim/base.py`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from math import isfinite
 from operator import index
 from sys import float_info
@@ -116,13 +117,21 @@ def dtype(name: str, value: DTypeLike, allowed: Collection[np.dtype[Any]]) -> np
 
 
 def array(name: str, value: ArrayLike, of: str = "numbers") -> Array:
-    """Return an array of whatever dtype."""
+    """Return an array of whatever dtype; what offers its memory by DLPack is not copied."""
     if isinstance(value, np.ma.MaskedArray):  # NumPy would forget the mask
         raise TypeError(f"{name}: expected an array without a mask, got a masked array")
+    if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
+        # NumPy refuses another device, a type that it lacks, a tensor that requires a gradient.
+        with suppress(BufferError, RuntimeError, TypeError, ValueError):
+            foreign: Any = value
+            return np.from_dlpack(foreign)
     try:
         return np.asarray(value)
     except ValueError as error:  # nested lists of unequal lengths
         raise ValueError(f"{name}: expected an array_like of {of}, got {error}") from None
+    except (RuntimeError, TypeError) as error:  # of a library whose array it is
+        given = type(value).__name__
+        raise TypeError(f"{name}: expected an array_like of {of}, got {given}: {error}") from None
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:

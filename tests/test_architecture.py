@@ -25,6 +25,7 @@ ALLOWED = {
     "distributed": {"checks", "layers", "optim"},
     "checkpoint": {"checks", "files"},
     "__init__": {"checkpoint", "functional", "kernels", "layers", "optim", "runtime"},
+    "torch": {"checks", "functional", "runtime"},
     "demo": {"", "checks", "distributed", "files"},
     "tune": {"", "checks", "demo", "files"},
     "cli": {"", "checks", "demo", "files", "tune"},

@@ -89,7 +89,7 @@ def test_running_statistics_that_cannot_be_written_are_told_why(rng, name, spoil
     arrays = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
     arrays[name] = spoil(arrays[name])
     before = copy.deepcopy(arrays)
-    words = f"{name}: expected a writeable, contiguous array of float64, 3 value(s), got "
+    words = f"{name}: expected a writeable, contiguous array of float64 or float32, 3 value(s), "
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         functional.update_running(cache, *arrays.values(), 0.1)
     assert got in str(error.value)

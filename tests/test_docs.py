@@ -105,11 +105,15 @@ def test_all_code_of_the_pages_is_run():
         (page.stem, kind)
         for page in PAGES
         for kind in re.findall(
-            r"^```(?!\{toctree|\{include|$)(.+)$", page.read_text(), re.MULTILINE
+            r"^```(?!\{toctree|\{include|\{literalinclude|$)(.+)$", page.read_text(), re.MULTILINE
         )
     }
     assert {kind for _, kind in kinds} <= {"python", "{doctest}"}
-    assert {page for page, kind in kinds if kind == "python"} == {"training", "around"}
+    assert {page for page, kind in kinds if kind == "python"} == {
+        "training",
+        "around",
+        "torch",
+    }
 
 
 def test_the_architecture_page_lists_the_rooms_as_they_are():

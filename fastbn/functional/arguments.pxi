@@ -9,6 +9,9 @@ cdef enum:
 
 cdef int bfloat16_number = -1  # NumPy's number for the type of ml_dtypes, once one was seen
 
+# What stands for bfloat16 in arrays of those who have the bits but may not have ml_dtypes.
+BFLOAT16_BITS = np.dtype([("bfloat16", np.uint16)])
+
 
 cdef int type_of(cnp.ndarray array):
     """Return the Type of the elements, in either byte order, or OTHER."""
@@ -22,6 +25,8 @@ cdef int type_of(cnp.ndarray array):
         return FLOAT16
     if number == bfloat16_number or array.dtype.name == "bfloat16":
         bfloat16_number = number
+        return BFLOAT16
+    if number == cnp.NPY_VOID and array.dtype == BFLOAT16_BITS:
         return BFLOAT16
     return OTHER
 
@@ -263,7 +268,7 @@ cdef cnp.ndarray check_like(object value, str name, cnp.ndarray x):
     """Return value as an array, of x's shape and dtype."""
     cdef cnp.ndarray given = as_floats(value, name)
     if not cnp.PyArray_Check(value):
-        given = given.astype(x.dtype)
+        given = given.astype(x.dtype, copy=False)
     if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x):
         raise TypeError(f"{name}: expected dtype {x.dtype}, as x has, got {given.dtype}")
     if not cnp.PyArray_SAMESHAPE(given, x):

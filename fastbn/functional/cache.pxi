@@ -76,6 +76,14 @@ cdef class Cache:
             counts = counts.astype(np.float64)  # of no runs at all it gives integers
         return merged(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), counts)
 
+    @property
+    def state(self):
+        """What `restored` needs to know to make this cache again, beside x."""
+        return (
+            self.statistics, self.signs, self.first_bit, self.count, self.fixed, self.residual,
+            self.activated, self.slope, self.eps,
+        )
+
     def __copy__(self):
         return self  # so that both know if out= overwrites x
 
@@ -182,36 +190,46 @@ def merged(means, lows, variances, counts):
     return moments
 
 
-cdef double* running(cnp.ndarray array, str name, Py_ssize_t channels) except NULL:
-    if not (
+cdef bint is_running(cnp.ndarray array, Py_ssize_t channels):
+    """Whether running statistics can be updated where they are."""
+    return (
         cnp.PyArray_ISCARRAY(array)
-        and cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64
+        and cnp.PyArray_TYPE(array) in (cnp.NPY_FLOAT64, cnp.NPY_FLOAT32)
         and cnp.PyArray_SIZE(array) == channels
-    ):
-        raise ValueError(
-            f"{name}: expected a writeable, contiguous array of float64, {channels} value(s), "
-            f"got {array.dtype}, shape {np.shape(array)}, writeable: {array.flags.writeable}, "
-            f"contiguous: {array.flags.c_contiguous}"
-        )
-    return <double*>cnp.PyArray_DATA(array)
+    )
+
+
+cdef void move_towards(cnp.ndarray running, double* batch, double weight, double factor):
+    """Average a running statistic with that of a minibatch, times a factor; round once."""
+    cdef Py_ssize_t c
+    cdef double* wide = <double*>cnp.PyArray_DATA(running)
+    cdef float* narrow = <float*>cnp.PyArray_DATA(running)
+    if cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT64:
+        for c in range(cnp.PyArray_SIZE(running)):
+            wide[c] = (1 - weight) * wide[c] + weight * (batch[c] * factor)
+    else:
+        for c in range(cnp.PyArray_SIZE(running)):
+            narrow[c] = <float>((1 - weight) * narrow[c] + weight * (batch[c] * factor))
 
 
 def update_running(
     Cache cache not None, cnp.ndarray mean not None, cnp.ndarray var not None, double weight
 ):
     """Move running statistics, in place, towards those of a minibatch, var unbiased."""
-    cdef Py_ssize_t c
-    cdef double count = cache.count, unbiased
-    cdef double* running_mean = running(mean, "running_mean", cache.channels)
-    cdef double* running_var = running(var, "running_var", cache.channels)
+    cdef double count = cache.count
     cdef double* batch_mean = row_of(cache, MEAN)
     cdef double* batch_var = row_of(cache, VAR)
+    for name, array in (("running_mean", mean), ("running_var", var)):
+        if not is_running(array, cache.channels):
+            raise ValueError(
+                f"{name}: expected a writeable, contiguous array of float64 or float32, "
+                f"{cache.channels} value(s), got {array.dtype}, shape {np.shape(array)}, "
+                f"writeable: {array.flags.writeable}, contiguous: {array.flags.c_contiguous}"
+            )
     if cache.groups > 1:
         moments = cache.moments
         count = moments.count
         batch_mean = <double*>cnp.PyArray_DATA(moments.mean)
         batch_var = <double*>cnp.PyArray_DATA(moments.var)
-    unbiased = count / (count - 1)
-    for c in range(cache.channels):
-        running_mean[c] = (1 - weight) * running_mean[c] + weight * batch_mean[c]
-        running_var[c] = (1 - weight) * running_var[c] + weight * (batch_var[c] * unbiased)
+    move_towards(mean, batch_mean, weight, 1)
+    move_towards(var, batch_var, weight, count / (count - 1))

@@ -11,9 +11,12 @@ import numpy as np
 
 cimport cython
 cimport numpy as cnp
+from cpython.exc cimport PyErr_Clear
+from cpython.object cimport PyObject, PyTypeObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_INCREF
 from libc.math cimport isfinite
-from libc.stdint cimport uint16_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 from libcpp.vector cimport vector
 
@@ -35,6 +38,7 @@ cnp.import_array()
 include "cache.pxi"
 include "arguments.pxi"
 include "results.pxi"
+include "tensors.pxi"
 
 cdef enum:
     # Below this many values a call ends before another thread could take the GIL.
@@ -181,6 +185,19 @@ def moments_of(x, axis):
     place_x(cache, as_floats(x, "x"), axis)
     reserve_statistics(cache)
     return own_moments(cache)
+
+
+def restored(x, axis, group_size, tuple state):
+    """Make the cache of a forward pass again, from the same x and what `Cache.state` was."""
+    cdef Cache cache = Cache.__new__(Cache)
+    place_x(cache, as_floats(x, "x"), axis)
+    if group_size is not None:
+        form_groups(cache, axis, group_size)
+    (
+        cache.statistics, cache.signs, cache.first_bit, cache.count, cache.fixed, cache.residual,
+        cache.activated, cache.slope, cache.eps,
+    ) = state
+    return cache
 
 
 # --------------------------------------------------------------------------------------- backward

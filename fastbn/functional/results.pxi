@@ -16,7 +16,7 @@ cdef cnp.ndarray fresh_like(cnp.ndarray memory, cnp.ndarray beside=None):
         if beside is not None:
             offset = <uintptr_t>cnp.PyArray_DATA(beside) % ALIGNMENT
         return recycled(memory, offset)
-    if cnp.PyArray_IS_C_CONTIGUOUS(memory):
+    if cnp.PyArray_IS_C_CONTIGUOUS(memory) and cnp.PyArray_TYPE(memory) != cnp.NPY_VOID:
         return cnp.PyArray_EMPTY(
             cnp.PyArray_NDIM(memory), cnp.PyArray_DIMS(memory), cnp.PyArray_TYPE(memory), 0
         )

@@ -27,6 +27,11 @@ cdef extern from *:
 
 MOST = 1024
 
+# Whether FASTBN_NUM_THREADS or set_num_threads has said how many threads there are, and otherwise
+# what another library has said last.
+cdef bint chosen = "FASTBN_NUM_THREADS" in os.environ
+cdef int followed
+
 # Below this many bytes of arguments and results a second thread does not pay: docs/decisions.
 cdef double ENOUGH = 2e6
 
@@ -63,10 +68,23 @@ def set_num_threads(n):
     >>> fastbn.get_num_threads()
     2
     """
+    global chosen
     n = checks.integer("n", n)
     if not 1 <= n <= MOST:
         raise ValueError(f"n: expected an integer from 1 to {MOST}, got {n}")
+    chosen = True
     fastbn_set_num_threads(n)
+
+
+def follow_num_threads(int n):
+    """Take another library's number of threads, unless one of this library has been set.
+
+    A number that is not the one followed last was set by threadpoolctl, for a while.
+    """
+    global followed
+    if n != followed and not chosen and fastbn_get_num_threads() == followed:
+        fastbn_set_num_threads(n)
+        followed = fastbn_get_num_threads()
 
 
 def get_num_threads():
@@ -90,5 +108,6 @@ def default_num_threads():
     return min(usable_cpus(), MOST)
 
 
-fastbn_set_num_threads(default_num_threads())
+followed = default_num_threads()
+fastbn_set_num_threads(followed)
 the_pool()  # here, where no other thread can fork meanwhile
