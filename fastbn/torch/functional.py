@@ -118,7 +118,7 @@ def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
     given = [value for value in values if value is not None]
     tensors = (x, *given) if residual is None else (x, residual, *given)
     kinds = {value.dtype for value in given}
-    return (
+    fitting: bool = (
         all(type(t) in PLAIN and t.is_cpu and t.layout is torch.strided for t in tensors)
         and x.dim() >= 2
         and x.dtype in arrays.FLOATS
@@ -126,6 +126,7 @@ def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
         and all(value.shape == (x.shape[1],) for value in given)
         and (kinds <= {x.dtype} or (kinds == {torch.float32} and x.element_size() == 2))
     )
+    return fitting
 
 
 class _Norm(torch.autograd.Function):
@@ -143,7 +144,9 @@ class _Norm(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # once_differentiable alone costs as much as a small norm
             return _once(ctx, dy, x)
-        return entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
+        gradients: tuple[Tensor | None, ...]
+        gradients = entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
+        return gradients
 
 
 @once_differentiable
