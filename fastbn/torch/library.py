@@ -47,7 +47,7 @@ def _normalize(
         x, weight, bias, mean, var, residual, mean is None, each, eps, activation, True,
         None, out,
     )  # fmt: skip
-    saved = None if done is None else done[1][1]
+    saved = None if done is None or done[1] is None else done[1][1]
     if saved is None:
         raise ValueError("fastbn::normalize: expected what fastbn.torch.batch_norm passes on")
     statistics, signs, *_ = saved
