@@ -74,13 +74,17 @@ def _normalize(
     each = each and own
     given = mean is not None and var is not None
     ours = given or (own and mean is None and var is None)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         ours = ours and not is_exporting() and fits(x, residual, weight, bias, mean, var)
         if ours and has_enough(x, own, each) and 0 < eps < inf:
             return library.normalize(
                 x, weight, bias, mean, var, residual, own, each, momentum, eps, activation
             )
-    elif ours and not _is_transformed():
+    elif ours and not (  # tensors stand for something else: of torch.func, forward mode, a trace
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
         follow_num_threads(torch.get_num_threads())
         keep = torch.is_grad_enabled() and (
             x.requires_grad
@@ -105,15 +109,6 @@ def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> T
     if activation is not None:
         y = getattr(torch.nn.functional, activation)(y)
     return y
-
-
-def _is_transformed() -> bool:
-    """Whether tensors stand for something else: of torch.func, forward mode or a trace."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def has_enough(x: Tensor, own: bool, each: bool) -> bool:
