@@ -73,7 +73,7 @@ def _normalize(
         raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
     each = each and own
     given = mean is not None and var is not None
-    ours = given or (own and mean is None and var is None)
+    ours = momentum is not None and (given or (own and mean is None and var is None))
     if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         ours = ours and not is_exporting() and fits(x, residual, weight, bias, mean, var)
         if ours and has_enough(x, own, each) and 0 < eps < inf:
@@ -86,18 +86,15 @@ def _normalize(
         or torch._C._get_tracing_state() is not None
     ):
         follow_num_threads(torch.get_num_threads())
-        keep = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        )
-        done = entry.forward_tensors(
-            x, weight, bias, mean, var, residual, own, each, eps, activation, keep, momentum
-        )
-        if done is not None:
-            y: Tensor = _apply(done, x, weight, bias, residual) if keep else done[0]
-            return y
+        found = entry.forward_tensors(
+            x, weight, bias, mean, var, residual, own, each, eps, activation,
+            torch.is_grad_enabled(), momentum,
+        )  # fmt: skip
+        if found is not None:
+            result: Tensor = found[0] if found[1] is None else _apply(
+                found, x, weight, bias, residual
+            )  # fmt: skip
+            return result
     y = of_torch(x, mean, var, weight, bias, own, momentum, eps)
     return followed_by(y, residual, activation)
 
@@ -113,8 +110,7 @@ def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> T
 
 def has_enough(x: Tensor, own: bool, each: bool) -> bool:
     """Whether there are values, and more than one for each statistic of their own."""
-    size: int = x.numel()
-    return size > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
+    return x.numel() > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
 
 
 def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
@@ -122,7 +118,7 @@ def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
     given = [value for value in values if value is not None]
     tensors = (x, *given) if residual is None else (x, residual, *given)
     kinds = {value.dtype for value in given}
-    return (
+    fitting: bool = (
         all(type(t) in PLAIN and t.is_cpu and t.layout is torch.strided for t in tensors)
         and x.dim() >= 2
         and x.dtype in arrays.FLOATS
@@ -130,6 +126,7 @@ def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
         and all(value.shape == (x.shape[1],) for value in given)
         and (kinds <= {x.dtype} or (kinds == {torch.float32} and x.element_size() == 2))
     )
+    return fitting
 
 
 class _Norm(torch.autograd.Function):
@@ -146,9 +143,10 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # once_differentiable alone costs as much as a small norm
-            once: tuple[Tensor | None, ...] = _once(ctx, dy, x)
-            return once
-        return entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
+            return _once(ctx, dy, x)
+        gradients: tuple[Tensor | None, ...]
+        gradients = entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
+        return gradients
 
 
 @once_differentiable

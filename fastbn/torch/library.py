@@ -47,9 +47,10 @@ def _normalize(
         x, weight, bias, mean, var, residual, mean is None, each, eps, activation, True,
         None, out,
     )  # fmt: skip
-    if done is None:
+    saved = None if done is None else done[1][1]
+    if saved is None:
         raise ValueError("fastbn::normalize: expected what fastbn.torch.batch_norm passes on")
-    statistics, signs, *_ = done[1][1]
+    statistics, signs, *_ = saved
     signs = np.empty(0, np.int16) if signs is None else signs.view(np.int16)
     return y, torch.from_numpy(statistics), torch.from_numpy(signs)
 
