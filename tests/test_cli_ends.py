@@ -236,7 +236,7 @@ def test_memory_that_does_not_suffice(train, capsys, monkeypatch):
     def fail(*_):
         raise MemoryError("Unable to allocate 5 TiB")
 
-    monkeypatch.setattr("fastbn.demo.train.softmax_cross_entropy", fail)
+    monkeypatch.setattr("fastbn.demo.train.Trainer.train_epoch", fail)
     expected = "fastbn train: error: the memory does not suffice: Unable to allocate 5 TiB\n"
     assert run(train, capsys) == (2, "", expected)
     for hidden in ("999999999999", "9" * 400, "99999999,99999999"):

@@ -19,11 +19,13 @@ from test_cli import run
 from test_demo_checkpoint import forge
 
 from fastbn.cli import COMMANDS, main, results
-from fastbn.demo import DemoError, train, watch
+from fastbn.demo import DemoError, watch
+from fastbn.demo import config as demo_config
 from fastbn.demo.checkpoint import load_checkpoint
+from fastbn.demo.config import Config
 from fastbn.demo.data import load
 from fastbn.demo.log import RULES, Log, Nudge
-from fastbn.demo.train import Config, Trainer
+from fastbn.demo.train import Trainer
 
 pytest.importorskip("filelock")
 pytest.importorskip("safetensors")
@@ -149,7 +151,7 @@ def test_odd_values_of_every_option(command, option, there, capsys):
     }[command]
     name, value = BESIDE.get(option[2:].replace("-", "_"), ("", ""))
     if name and command in ("train", "watch"):
-        base += [train.option(name), value]
+        base += [demo_config.option(name), value]
 
     @examples(5)
     @hypothesis.given(WORDS)

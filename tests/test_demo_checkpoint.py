@@ -12,8 +12,9 @@ import fastbn
 from fastbn import BatchNorm
 from fastbn.demo import DemoError
 from fastbn.demo.checkpoint import load_checkpoint
+from fastbn.demo.config import OPTIMIZER, configure
 from fastbn.demo.files import check_writable, write_atomically
-from fastbn.demo.train import OPTIMIZER, State, configure
+from fastbn.demo.train import State
 
 for module in ("safetensors", "threadpoolctl", "tqdm"):
     pytest.importorskip(module)

@@ -9,16 +9,10 @@ from demo_cases import trainer_for
 from support import write_blobs
 
 from fastbn.demo import DemoError
+from fastbn.demo.config import CHOICES, COMPARED, configure, read_config
 from fastbn.demo.curves import draw
 from fastbn.demo.layers import Conv2d, Linear
-from fastbn.demo.train import (
-    CHOICES,
-    COMPARED,
-    DivergedError,
-    configure,
-    decayed_lr,
-    read_config,
-)
+from fastbn.demo.train import DivergedError, decayed_lr
 
 pytest.importorskip("tqdm")
 pytest.importorskip("threadpoolctl")

@@ -10,7 +10,7 @@ def test_without_torch_the_extra_is_named():
     code = "import sys; sys.modules['torch'] = None; import fastbn; import fastbn.torch"
     found = python(code)
     assert found.returncode == 1
-    assert 'ImportError: fastbn.torch: expected PyTorch' in found.stderr
+    assert "ImportError: fastbn.torch: expected PyTorch" in found.stderr
     assert 'pip install "fastbn[torch]"' in found.stderr
 
 

@@ -111,7 +111,15 @@ def opcheck_cases():
     yield leaf(x), leaf(values), leaf(values), *none, leaf(x), False, 1e-5, "relu"
     yield leaf(x.double()), *none, *none, None, True, 1e-5, "leaky_relu"
     yield leaf(x), leaf(values), None, values, values, None, False, 1e-5, None
-    yield leaf(x.transpose(0, 2).contiguous().transpose(0, 2)), *none, *none, None, False, 1e-5, None
+    yield (
+        leaf(x.transpose(0, 2).contiguous().transpose(0, 2)),
+        *none,
+        *none,
+        None,
+        False,
+        1e-5,
+        None,
+    )
     yield x.bfloat16(), values, values, *none, None, False, 1e-5, "relu"
 
 

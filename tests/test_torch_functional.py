@@ -109,7 +109,9 @@ def test_only_what_needs_a_gradient_gets_one(kind):
     y = ours.batch_norm(x, None, None, weight, bias, True, residual=residual)
     y.sum().backward()
     assert [n for n, t in tensors.items() if t.grad is not None] == [kind]
-    assert not ours.batch_norm(*(t.detach() for t in (x, x[0, :, 0], x[0, :, 0] ** 2))).requires_grad
+    assert not ours.batch_norm(
+        *(t.detach() for t in (x, x[0, :, 0], x[0, :, 0] ** 2))
+    ).requires_grad
 
 
 def test_gradcheck():

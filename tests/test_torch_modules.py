@@ -117,6 +117,6 @@ def test_autocast_does_as_torch():
 
 def test_tracing_sees_the_operator_of_torch():
     module = ours.BatchNorm2d(3).eval()
-    with pytest.warns(DeprecationWarning):  # PyTorch's own, of 2.9
+    with pytest.warns(DeprecationWarning, match="torch.jit"):  # PyTorch's own, of 2.9
         traced = torch.jit.trace(module, torch.randn(4, 3, 5, 5))
     assert "aten::batch_norm" in str(traced.inlined_graph)

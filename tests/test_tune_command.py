@@ -15,7 +15,7 @@ import pytest
 from test_cli import command, run
 
 from fastbn.demo import DemoError
-from fastbn.demo.train import CHOICES, OPTIMIZER, Config, configure, option
+from fastbn.demo.config import CHOICES, OPTIMIZER, Config, configure, option
 from fastbn.tune import network
 
 for module in ("optuna", "cmaes", "rich", "sklearn", "matplotlib", "tqdm", "threadpoolctl"):

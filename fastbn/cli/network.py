@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fastbn.demo.config import CHOICES, FLOATS, Config, option, read_config
 from fastbn.demo.files import absolute
-from fastbn.demo.train import CHOICES, FLOATS, Config, option, read_config
 
 
 def add_network_options(

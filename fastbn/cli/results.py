@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fastbn.demo import DemoError, require
+from fastbn.demo.config import Config
 from fastbn.demo.curves import check_drawing, draw
 from fastbn.demo.files import absolute, check_writable, refusals
-from fastbn.demo.train import Config, Trainer
+from fastbn.demo.train import Trainer
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -11,18 +11,10 @@ import numpy as np
 
 import fastbn
 from fastbn.demo import DemoError, require
+from fastbn.demo.config import Config, configure, option
 from fastbn.demo.data import Data, load
 from fastbn.demo.files import one_line
-from fastbn.demo.train import (
-    CHECKPOINT,
-    METRICS,
-    Config,
-    State,
-    Trainer,
-    configure,
-    layer_sizes,
-    option,
-)
+from fastbn.demo.train import CHECKPOINT, METRICS, State, Trainer, layer_sizes
 
 
 def load_checkpoint(path: Path, given: Mapping[str, Any], data: Data | None = None) -> Trainer:

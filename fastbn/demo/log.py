@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 from fastbn.demo import DemoError
+from fastbn.demo.config import BELOW_1, FLAG, POSITIVE, Config, integer, obey
 from fastbn.demo.files import one_line, refusals
-from fastbn.demo.train import BELOW_1, FLAG, METRICS, POSITIVE, Config, Epoch, integer, obey
+from fastbn.demo.train import METRICS, Epoch
 from fastbn.files import write_atomically
 
 Event: TypeAlias = dict[str, Any]

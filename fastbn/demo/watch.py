@@ -30,14 +30,13 @@ import numpy as np
 
 from fastbn.demo import DemoError, require
 from fastbn.demo.checkpoint import load_checkpoint, merge
+from fastbn.demo.config import OPTIMIZER, Config
 from fastbn.demo.curves import check_drawing, draw
 from fastbn.demo.data import load
 from fastbn.demo.files import one_line, refusals
 from fastbn.demo.log import NAME, Log, Nudge, write_text
 from fastbn.demo.train import (
     METRICS,
-    OPTIMIZER,
-    Config,
     DivergedError,
     Trainer,
     decayed_lr,

@@ -61,10 +61,10 @@ def forward_tensors(
     each: bool,
     eps: float,
     activation: str | None,
-    keep: bool,
+    graded: bool,
     momentum: float | None = None,
     out: Array | None = None,
-) -> tuple[Any, tuple[int | None, State]] | None: ...
+) -> tuple[Any, tuple[int | None, State] | None] | None: ...
 def backward_tensors(
     dy: Any,
     x: Any,

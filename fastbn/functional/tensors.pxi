@@ -137,13 +137,14 @@ def arrays_of(x, residual, *values):
 
 
 def forward_tensors(
-    x, weight, bias, mean, var, residual, bint own, bint each, eps, activation, bint keep,
+    x, weight, bias, mean, var, residual, bint own, bint each, eps, activation, bint graded,
     momentum=None, out=None
 ):
     """Normalise a tensor by its own statistics, those of `each` example, or by mean and var.
 
-    Return y (in out, where given) and what `backward_tensors` needs, or None where PyTorch has to
-    do it. With a momentum, mean and var move towards the statistics.
+    Return y (in out, where given) and what `backward_tensors` needs: None where no gradients are
+    taken, or none is required. Return None where PyTorch has to do it. With a momentum, mean and
+    var move towards the statistics.
     """
     cdef cnp.ndarray array
     cdef Cache cache
@@ -159,11 +160,16 @@ def forward_tensors(
     if cnp.PyArray_ITEMSIZE(array) == 2:
         gamma, beta = ways.wide(gamma), ways.wide(beta)
         running_mean, running_var = ways.wide(running_mean), ways.wide(running_var)
+    for tensor in (x, weight, bias, residual):
+        if graded and tensor is not None and tensor.requires_grad:
+            break
+    else:
+        graded = out is not None
     group_size = 1 if own and each else None
     try:
         y, cache = forward(
             array, None if own else (running_mean, running_var), gamma, beta, 1, eps, activation,
-            addend, None, group_size, out, keep,
+            addend, None, group_size, out, graded,
         )
     except (TypeError, ValueError):
         return None
@@ -175,7 +181,7 @@ def forward_tensors(
         else:
             update_running(cache, found[4], found[5], momentum)
             ways.increment_version((mean, var))
-    return tensor_of(y, array), (group_size, cache.state)
+    return tensor_of(y, array), (group_size, cache.state) if graded else None
 
 
 def backward_tensors(dy, x, tuple done, tuple needed, out=None):

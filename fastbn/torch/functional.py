@@ -73,27 +73,28 @@ def _normalize(
         raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
     each = each and own
     given = mean is not None and var is not None
-    ours = given or (own and mean is None and var is None)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    ours = momentum is not None and (given or (own and mean is None and var is None))
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         ours = ours and not is_exporting() and fits(x, residual, weight, bias, mean, var)
         if ours and has_enough(x, own, each) and 0 < eps < inf:
             return library.normalize(
                 x, weight, bias, mean, var, residual, own, each, momentum, eps, activation
             )
-    elif ours and not _is_transformed():
+    elif ours and not (  # tensors stand for something else: of torch.func, forward mode, a trace
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
         follow_num_threads(torch.get_num_threads())
-        keep = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        )
-        done = entry.forward_tensors(
-            x, weight, bias, mean, var, residual, own, each, eps, activation, keep, momentum
-        )
-        if done is not None:
-            y: Tensor = _apply(done, x, weight, bias, residual) if keep else done[0]
-            return y
+        found = entry.forward_tensors(
+            x, weight, bias, mean, var, residual, own, each, eps, activation,
+            torch.is_grad_enabled(), momentum,
+        )  # fmt: skip
+        if found is not None:
+            result: Tensor = found[0] if found[1] is None else _apply(
+                found, x, weight, bias, residual
+            )  # fmt: skip
+            return result
     y = of_torch(x, mean, var, weight, bias, own, momentum, eps)
     return followed_by(y, residual, activation)
 
@@ -107,18 +108,9 @@ def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> T
     return y
 
 
-def _is_transformed() -> bool:
-    """Whether tensors stand for something else: of torch.func, forward mode or a trace."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
 def has_enough(x: Tensor, own: bool, each: bool) -> bool:
     """Whether there are values, and more than one for each statistic of their own."""
-    return x.numel() > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
+    return bool(x.numel() > (x.shape[1] * (x.shape[0] if each else 1) if own else 0))
 
 
 def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
@@ -126,7 +118,7 @@ def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
     given = [value for value in values if value is not None]
     tensors = (x, *given) if residual is None else (x, residual, *given)
     kinds = {value.dtype for value in given}
-    return (
+    fitting: bool = (
         all(type(t) in PLAIN and t.is_cpu and t.layout is torch.strided for t in tensors)
         and x.dim() >= 2
         and x.dtype in arrays.FLOATS
@@ -134,6 +126,7 @@ def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
         and all(value.shape == (x.shape[1],) for value in given)
         and (kinds <= {x.dtype} or (kinds == {torch.float32} and x.element_size() == 2))
     )
+    return fitting
 
 
 class _Norm(torch.autograd.Function):
@@ -149,9 +142,12 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        gradients: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():  # once_differentiable alone costs as much as a small norm
-            return _once(ctx, dy, x)
-        return entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
+            gradients = _once(ctx, dy, x)
+        else:
+            gradients = entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
+        return gradients
 
 
 @once_differentiable

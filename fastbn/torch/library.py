@@ -47,17 +47,18 @@ def _normalize(
         x, weight, bias, mean, var, residual, mean is None, each, eps, activation, True,
         None, out,
     )  # fmt: skip
-    if done is None:
+    saved = None if done is None or done[1] is None else done[1][1]
+    if saved is None:
         raise ValueError("fastbn::normalize: expected what fastbn.torch.batch_norm passes on")
-    statistics, signs, *_ = done[1][1]
+    statistics, signs, *_ = saved
     signs = np.empty(0, np.int16) if signs is None else signs.view(np.int16)
     return y, torch.from_numpy(statistics), torch.from_numpy(signs)
 
 
 @torch.library.register_fake("fastbn::normalize")
 def _normalize_fake(
-    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, residual: Any, each: bool, eps: float,
-    activation: str | None,
+    x: Tensor, _weight: Any, _bias: Any, _mean: Any, _var: Any, _residual: Any, each: bool,
+    _eps: float, activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = 3 * (x.shape[0] if each else 1) + 2
     signs = 0 if activation is None else x.numel() // 16 + 3
@@ -90,8 +91,8 @@ def _backward(
 
 @torch.library.register_fake("fastbn::normalize_backward")
 def _backward_fake(
-    dy: Tensor, x: Tensor, statistics: Tensor, signs: Tensor, each: bool, fixed: bool,
-    residual: bool, eps: float, activation: str | None,
+    _dy: Tensor, x: Tensor, _statistics: Tensor, _signs: Tensor, _each: bool, _fixed: bool,
+    residual: bool, _eps: float, _activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     kind = torch.float64 if x.dtype is torch.float64 else torch.float32
     sums = x.new_empty((x.shape[1],), dtype=kind)

@@ -21,8 +21,8 @@ from statistics import fmean
 from typing import Any
 
 from fastbn.demo import DemoError, require
+from fastbn.demo.config import Config, option
 from fastbn.demo.files import check_writable, refusals
-from fastbn.demo.train import Config, option
 from fastbn.tune import network, report
 from fastbn.tune.rounds import SAMPLERS, Objective, ranked
 from fastbn.tune.search import Result, search, told, tuned_of

@@ -11,8 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from fastbn.demo import DemoError
+from fastbn.demo.config import OPTIMIZER, Config, configure
 from fastbn.demo.data import load
-from fastbn.demo.train import OPTIMIZER, Config, DivergedError, Trainer, configure, one_blas_thread
+from fastbn.demo.train import DivergedError, Trainer, one_blas_thread
 from fastbn.tune.space import Params, Scale, choice, integer, log_uniform, one_minus_log_uniform
 from fastbn.tune.space import uniform as even
 
