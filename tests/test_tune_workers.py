@@ -104,7 +104,7 @@ def test_all_workers_die_of_one_trial():
         (("exits well", "crashes", "exits"), "SystemExit: no GPU"),
         (("exits", "interrupts", "ends at once"), "exit code 0"),
         (("ends at once", "is told to end", "crashes"), "SIGSEGV"),
-        (("crashes", "exits", "is told to end"), "SystemExit: SIGTERM"),
+        (("crashes", "exits", "is told to end"), "SIGTERM"),
         (("interrupts",), "KeyboardInterrupt"),
     ],
 )

@@ -110,7 +110,8 @@ def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> T
 
 def has_enough(x: Tensor, own: bool, each: bool) -> bool:
     """Whether there are values, and more than one for each statistic of their own."""
-    return bool(x.numel() > (x.shape[1] * (x.shape[0] if each else 1) if own else 0))
+    size: int = x.numel()
+    return size > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
 
 
 def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
@@ -142,11 +143,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        gradients: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():  # once_differentiable alone costs as much as a small norm
-            gradients = _once(ctx, dy, x)
-        else:
-            gradients = entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
+            once: tuple[Tensor | None, ...] = _once(ctx, dy, x)
+            return once
+        gradients: tuple[Tensor | None, ...]
+        gradients = entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
         return gradients
 
 

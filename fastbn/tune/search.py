@@ -35,6 +35,7 @@ from fastbn.tune.storage import POLL, absolute, opened, raised_by_objective
 TRIALS_EACH = 6
 THREADS = ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 SECONDS_TO_END = 10  # for a worker that is told to end
+TERMINATED = 128 + signal.SIGTERM  # its exit status then, as a shell has it; text would be printed
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ def _leads_there(file: str) -> bool:
 def _work(plan: Plan, url: str | None, name: str, messages: Connection) -> None:
     """Be a worker; send what ended it, and whether that ends the search."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, and ends us
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))  # the objective ends in order
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # the objective ends in order
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         with _quiet(), opened(url) as storage:
@@ -310,6 +311,8 @@ def _work(plan: Plan, url: str | None, name: str, messages: Connection) -> None:
     except BaseException as error:
         ours = isinstance(error, DemoError) and not raised_by_objective(error)
         why = error if ours else told(error)
+        if isinstance(error, SystemExit) and error.code == TERMINATED:
+            why = DemoError("worker: SIGTERM")
         trace = "".join(getattr(why, "__notes__", ()))
         with suppress(OSError):  # the parent is dead
             messages.send((isinstance(error, Exception), str(why), trace))
