@@ -398,7 +398,7 @@ class Exact:
             dx = self.gamma * self.rstd * da
             dresidual = [] if self.case.residual is None else [da]
         # Where sums cancel, the errors are those of their terms, and of NumPy's plain additions.
-        products, count = da * self.z_hat, da.size / self.case.channels
+        products, count = da * self.z_hat, da.size / max(self.case.channels, 1)
         share = 1 + count / 64 if self.case.dtype.itemsize == 8 else 1e-3
         z_hat = np.where(np.isfinite(self.z_hat), np.abs(self.z_hat), 0)
         terms = np.abs(da) + self.largest(np.abs(da)) + z_hat * self.largest(np.abs(products))
