@@ -24,7 +24,9 @@ def load(source, *flags, version=""):
 
 def _built(command, source, version):
     # The command is part of the key for its paths: environments must not share a binary.
-    key = hashlib.sha256(repr((source.read_text(), version, command)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        repr((source.read_text(encoding="utf-8"), version, command)).encode()
+    ).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"fastbn-bench-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():

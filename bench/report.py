@@ -76,7 +76,7 @@ class Report:
 
 def add_run(report, path):
     """Add a file of --benchmark-json to a report; return the load before and the number of CPUs."""
-    run, rows = json.loads(Path(path).read_text()), {}
+    run, rows = json.loads(Path(path).read_text(encoding="utf-8")), {}
     for each in run["benchmarks"]:
         info, stats = each["extra_info"], each["stats"]
         if "case" not in info:  # test_ranks.py
@@ -337,9 +337,9 @@ def finish(figure, axes, path):
 
 def write_pages(docs):
     """Write the tables and pictures that docs/benchmarks.md includes into docs/bench/."""
-    report, folder = from_csv((docs / "benchmarks.csv").read_text()), docs / "bench"
+    report, folder = from_csv((docs / "benchmarks.csv").read_text(encoding="utf-8")), docs / "bench"
     folder.mkdir(exist_ok=True)
-    (folder / "machine.txt").write_text(f"Measured on {report.machine}.\n")
+    (folder / "machine.txt").write_text(f"Measured on {report.machine}.\n", encoding="utf-8")
     shown = [
         line
         for line in report.lines
@@ -356,9 +356,9 @@ def write_pages(docs):
         )
     calls = [line for line in shown if line.case.family == "one call"]
     write_table(folder / "call.txt", calls, report.peers)
-    (folder / "blas.txt").write_text(markdown(beside_blas(report)) + "\n")
-    (folder / "reader.txt").write_text(markdown(and_reader(report)) + "\n")
-    (folder / "errors.txt").write_text(markdown(errors(report)) + "\n")
+    (folder / "blas.txt").write_text(markdown(beside_blas(report)) + "\n", encoding="utf-8")
+    (folder / "reader.txt").write_text(markdown(and_reader(report)) + "\n", encoding="utf-8")
+    (folder / "errors.txt").write_text(markdown(errors(report)) + "\n", encoding="utf-8")
     draw_errors(report, folder / "error_against_mean.png")
 
 
@@ -367,7 +367,7 @@ def write_table(path, lines, peers, first=False):
     peers = [peer for peer in peers if any(peer in line.seconds for line in lines)]
     table = [bench.header(TITLES[peer] for peer in peers)]
     table += [bench.cells(line, peers) for line in lines]
-    path.write_text(markdown([row[first:] for row in table]) + "\n")
+    path.write_text(markdown([row[first:] for row in table]) + "\n", encoding="utf-8")
 
 
 def errors(report):
@@ -425,14 +425,18 @@ def main():
             load, cores = add_run(report, path)
             refuse(bench.doubts(load, [], cores))
         refuse(bench.doubts(nan, report.rows))
-        table.write_text(to_csv(report))
-        report = from_csv(table.read_text())
-        readme.write_text(put(readme.read_text(), readme_section(report)))
+        table.write_text(to_csv(report), encoding="utf-8")
+        report = from_csv(table.read_text(encoding="utf-8"))
+        readme.write_text(
+            put(readme.read_text(encoding="utf-8"), readme_section(report)), encoding="utf-8"
+        )
         draw_lines(report, arguments.root / "docs" / "speed.png")
         return
-    report = from_csv(table.read_text())
+    report = from_csv(table.read_text(encoding="utf-8"))
     refuse(bench.doubts(nan, report.rows))
-    if put(readme.read_text(), readme_section(report)) != readme.read_text():
+    if put(readme.read_text(encoding="utf-8"), readme_section(report)) != readme.read_text(
+        encoding="utf-8"
+    ):
         refuse(["README.md does not say what docs/benchmarks.csv holds: run bench/report.py"])
 
 

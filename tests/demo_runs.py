@@ -41,8 +41,8 @@ def stop_after_3(folder, patch):
     """Leave a run as a process does that dies in the middle; it has no momentum."""
     disturb(patch, folder, {3: [{"stop": True}]})
     watch.start(folder, config_for(folder, optimizer="sgd"))
-    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    (folder / "log.jsonl").write_text("".join(lines[:4]))
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
     (folder / "nudges.jsonl").unlink()
 
 

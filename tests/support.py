@@ -25,7 +25,8 @@ DTYPES += [BFLOAT16] if ml_dtypes else []
 # Above so many bytes of x and result several threads are used; tests of those follow a change.
 ENOUGH = float(
     re.search(
-        r"ENOUGH = (\S+)", (Path(__file__).parent.parent / "fastbn/runtime/pool.pyx").read_text()
+        r"ENOUGH = (\S+)",
+        (Path(__file__).parent.parent / "fastbn/runtime/pool.pyx").read_text(encoding="utf-8"),
     )[1]
 )
 

@@ -76,7 +76,8 @@ def test_imports_of_cython_are_read(tmp_path):
     source.write_text(
         "from fastbn import checks, functional\nfrom fastbn.kernels.job cimport (\n    A,\n)\n"
         "from fastbn.runtime.pool cimport run_units\nimport fastbn\nimport os\n"
-        "cimport fastbn.layers.base\n"
+        "cimport fastbn.layers.base\n",
+        encoding="utf-8",
     )
     assert imports_of(source) == {"checks", "functional", "kernels", "runtime", "layers", ""}
 

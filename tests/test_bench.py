@@ -255,14 +255,18 @@ def a_file(path, rows, load=0.1):
     }
     machine |= {"versions": {"fastbn": "1.0"}, "python_version": "3.12"}
     about = {"datetime": "2026-01-02T03:04", "commit_info": {"id": "0123456789abcdef"}}
-    path.write_text(json.dumps({"benchmarks": benchmarks, "machine_info": machine, **about}))
+    path.write_text(
+        json.dumps({"benchmarks": benchmarks, "machine_info": machine, **about}), encoding="utf-8"
+    )
     return path
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("A\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nB\n")
+    (tmp_path / "README.md").write_text(
+        "A\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nB\n", encoding="utf-8"
+    )
     return tmp_path
 
 
@@ -274,7 +278,7 @@ def run_report(report, monkeypatch, folder, *arguments):
 def test_readme_and_pages_come_from_one_csv(report, monkeypatch, folder):
     run_report(report, monkeypatch, folder, a_file(folder / "results.json", a_run()))
     run_report(report, monkeypatch, folder, "--check")
-    text = (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text(encoding="utf-8")
     assert text.startswith("A\n<!-- bench:begin -->")
     assert text.endswith("<!-- bench:end -->\nB\n")
     table = [line for line in text.splitlines() if line.startswith("|")]
@@ -292,16 +296,18 @@ def test_readme_and_pages_come_from_one_csv(report, monkeypatch, folder):
     assert (folder / "docs" / "speed.png").exists()
     report.write_pages(folder / "docs")
     pages = folder / "docs" / "bench"
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert {each.name for each in pages.iterdir()} == {
         name for name in page.replace("(", " ").replace(")", " ").replace("bench/", " ").split()
         if name.endswith((".txt", ".png"))
     }  # fmt: skip
-    assert "| NCHW | (4, 4) | 2 | 0.5 eps |" in (pages / "errors.txt").read_text()
-    assert "| 256 squared | (256, 256) | fastbn | 1.00 |" in (pages / "blas.txt").read_text()
+    assert "| NCHW | (4, 4) | 2 | 0.5 eps |" in (pages / "errors.txt").read_text(encoding="utf-8")
+    assert "| 256 squared | (256, 256) | fastbn | 1.00 |" in (pages / "blas.txt").read_text(
+        encoding="utf-8"
+    )
 
     readme = folder / "README.md"
-    readme.write_text(text.replace("320 ms", "32 ms"))
+    readme.write_text(text.replace("320 ms", "32 ms"), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"README\.md does not say"):
         run_report(report, monkeypatch, folder, "--check")
 
@@ -312,10 +318,10 @@ def test_a_run_on_a_busy_machine_is_refused(report, monkeypatch, folder, what):
     if what == "spread":
         rows[3].times["torch"] = Timing(1.0, 0.5, 2.0)
     results = a_file(folder / "results.json", rows, load=0.9 if what == "load" else 0.1)
-    before = (folder / "README.md").read_text()
+    before = (folder / "README.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match=r"refused:\n- .*(busy|differ by 4\.0 times)"):
         run_report(report, monkeypatch, folder, results)
-    assert (folder / "README.md").read_text() == before
+    assert (folder / "README.md").read_text(encoding="utf-8") == before
     assert not (folder / "docs" / "benchmarks.csv").exists()
     if what == "spread":  # the case alone is measured again
         again = a_file(folder / "again.json", a_run()[3:4])

@@ -26,9 +26,9 @@ def system(tmp_path, listed, siblings="0"):
             for name, text in [
                 ("level", number), ("type", kind), ("size", size), ("shared_cpu_list", shared),
             ]:  # fmt: skip
-                (index / name).write_text(text + "\n")
+                (index / name).write_text(text + "\n", encoding="utf-8")
         (base / "topology").mkdir(parents=True)
-        (base / "topology/thread_siblings_list").write_text(siblings + "\n")
+        (base / "topology/thread_siblings_list").write_text(siblings + "\n", encoding="utf-8")
     return tmp_path
 
 

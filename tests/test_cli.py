@@ -184,7 +184,10 @@ def test_every_option_arrives(blobs, tmp_path, capsys):
 
 def test_a_configuration_from_a_file(blobs, tmp_path, capsys):
     path, saves = tmp_path / "c.json", [tmp_path / "1", tmp_path / "2"]
-    path.write_text('{"optimizer": "adam", "lr": 1, "beta1": 0.8, "hidden": [4, 4], "epochs": 2}')
+    path.write_text(
+        '{"optimizer": "adam", "lr": 1, "beta1": 0.8, "hidden": [4, 4], "epochs": 2}',
+        encoding="utf-8",
+    )
     options = "--optimizer adam --beta1 0.8 --hidden 8,8 --epochs 3 --lr 0.1"
     both = [
         run([*blobs, "--config", path, "--lr", "0.1", "--save", saves[0]], capsys),

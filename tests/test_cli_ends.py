@@ -70,7 +70,7 @@ def test_a_pipe_that_nobody_reads(argv, unbuffered, train, tmp_path):
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_output_that_is_full(unbuffered, train):
     environment = {"PYTHONUNBUFFERED": unbuffered}
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         status, _, err = finish(train, stdout=full, env=environment)
         words = "error: [Errno 28] No space left on device: 'standard output'\n"
         assert (status, err) == (2, f"fastbn train: {words}")
@@ -168,7 +168,7 @@ def test_a_configuration_that_cannot_draw(name, value, message, train, tmp_path)
     if name == "MATPLOTLIBRC":
         if shutil.which("latex"):
             pytest.skip("LaTeX is installed")
-        (tmp_path / "matplotlibrc").write_text(value)
+        (tmp_path / "matplotlibrc").write_text(value, encoding="utf-8")
         value = str(tmp_path)
     for argv in ([*train, "--plot", tmp_path / "c.png"], ["watch", tmp_path / "run", *train[1:]]):
         status, out, err = finish(argv, env={name: value})
@@ -191,7 +191,7 @@ def test_a_configuration_that_cannot_draw(name, value, message, train, tmp_path)
 def test_a_file_has_one_use(options, message, train, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to("blobs.npz")
-    Path("c.json").write_text("{}")
+    Path("c.json").write_text("{}", encoding="utf-8")
     assert run([*train, "--save", "saved.png"], capsys)[0] == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     words = options.split()
@@ -344,8 +344,10 @@ def check_whole(folder):
         if path.suffix == ".png":
             assert is_png(path)
         if path.suffix in (".jsonl", ".csv"):
-            assert path.read_text().endswith("\n")
-            assert path.suffix == ".csv" or all(map(json.loads, path.read_text().splitlines()))
+            assert path.read_text(encoding="utf-8").endswith("\n")
+            assert path.suffix == ".csv" or all(
+                map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            )
 
 
 def results_in(folder):
@@ -365,7 +367,10 @@ class Case:
             assert self.run(before, self.before)[0] == 0
         if name == "nudge":  # of a run that is not at its end
             log = self.before / "run" / "log.jsonl"
-            log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+            log.write_text(
+                "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[:2]),
+                encoding="utf-8",
+            )
         self.undisturbed = self.fresh("undisturbed")
         done = self.disturbed("count", -1, self.undisturbed)
         assert done.returncode == 0

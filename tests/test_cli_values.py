@@ -85,8 +85,10 @@ def made(tmp_path_factory):
         assert main(["train", *quick, "--save", str(folder / "saved")]) == 0
         assert main(["watch", str(folder / "run"), *quick, "--epochs", "2"]) == 0
     log = folder / "run" / "log.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
-    (folder / "c.json").write_text("{}")
+    log.write_text(
+        "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8"
+    )
+    (folder / "c.json").write_text("{}", encoding="utf-8")
     (folder / "loop").symlink_to("loop")
     return folder
 
@@ -169,7 +171,7 @@ def test_odd_values_of_every_option(command, option, there, capsys):
 @pytest.mark.parametrize("key", Config.__dataclass_fields__)
 def test_odd_values_of_every_key(key, there, capsys):
     number, saved = count(), load_checkpoint(Path("saved"), {})
-    head, *_ = (there / "run" / "log.jsonl").read_text().splitlines()
+    head, *_ = (there / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     beside = dict([BESIDE[key]]) if key in BESIDE else {}
 
     @examples(15)
@@ -177,7 +179,7 @@ def test_odd_values_of_every_key(key, there, capsys):
     def check(value):
         path = there / "odd.json"
         fields = {"data": "blobs.npz", "hidden": [4], **beside, key: value}
-        path.write_text(json.dumps(fields))
+        path.write_text(json.dumps(fields), encoding="utf-8")
         command = ["train", "--epochs", "1"] if next(number) % 2 else ["resume", "saved"]
         check_end([*command, "--config", path], there, capsys)
         copy = there / "copy"
@@ -191,7 +193,7 @@ def test_odd_values_of_every_key(key, there, capsys):
         (there / "odd").mkdir(exist_ok=True)
         line = json.loads(head)
         line["config"][key] = value
-        (there / "odd" / "log.jsonl").write_text(json.dumps(line) + "\n")
+        (there / "odd" / "log.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
         check_end(["resume", "odd"], there, capsys)
 
     check()
@@ -211,13 +213,13 @@ EVENTS = {
 )
 def test_odd_values_in_a_log(event, key, there, capsys):
     log = there / "run" / "log.jsonl"
-    head, first = log.read_text().splitlines()
+    head, first = log.read_text(encoding="utf-8").splitlines()
     whole = {**json.loads(first), "nudge": {"lr": 0.1}, "why": "", "epochs": 3, "event": event}
 
     @examples(10)
     @hypothesis.given(VALUES)
     def check(value):
-        log.write_text(f"{head}\n{json.dumps({**whole, key: value})}\n")
+        log.write_text(f"{head}\n{json.dumps({**whole, key: value})}\n", encoding="utf-8")
         try:
             Log.read(log.parent)
         except DemoError:
@@ -228,7 +230,7 @@ def test_odd_values_in_a_log(event, key, there, capsys):
     try:
         check()
     finally:
-        log.write_text(f"{head}\n{first}\n")
+        log.write_text(f"{head}\n{first}\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("key", [*RULES, "more"])

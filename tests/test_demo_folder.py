@@ -104,9 +104,9 @@ def test_a_configuration_that_does_not_fit_leaves_no_folder(folder):
 def forge(folder, number, **fields):
     """Change fields of a line of the log."""
     path = folder / "log.jsonl"
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     lines[number] = json.dumps({**json.loads(lines[number]), **fields})
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_a_nudge_between_the_last_look_and_the_end_is_answered(stopped, monkeypa
 
     def late(self, event, **fields):
         if event == "end":
-            (stopped / "nudges.jsonl").write_text('{"rollback": 1}\n')
+            (stopped / "nudges.jsonl").write_text('{"rollback": 1}\n', encoding="utf-8")
         add(self, event, **fields)
 
     monkeypatch.setattr(Log, "add", late)
@@ -225,7 +225,7 @@ def test_a_death_at_any_moment_loses_nothing(folder, monkeypatch):
             trainer, sent = start(run, config_for(folder, epochs=3)), []
         else:
             path = run / "nudges.jsonl"
-            sent = path.read_text().splitlines() if path.exists() else []
+            sent = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             trainer = resume(run, {})
         # Each nudge is answered once.
         answered = [event["nudge"] for event in log_of(run).events if "nudge" in event]

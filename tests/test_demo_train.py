@@ -248,18 +248,18 @@ def test_an_export_that_fails_leaves_the_old_file(blobs, tmp_path, monkeypatch):
 )
 def test_a_file_that_is_no_configuration(text, message, tmp_path):
     path = tmp_path / "c.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(DemoError, match=f"--config {path}: {message}"):
         read_config(path)
 
 
 def test_a_configuration_from_a_file_is_checked(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text('{"lr": 1, "hidden": [8], "batch_size": 2.5}')
+    path.write_text('{"lr": 1, "hidden": [8], "batch_size": 2.5}', encoding="utf-8")
     assert read_config(path) == {"lr": 1.0, "hidden": (8,), "batch_size": 2.5}
     with pytest.raises(DemoError, match=r"--batch-size: expected an integer from 2, got 2.5"):
         configure(read_config(path))
-    path.write_text('{"lr": 1' + "0" * 400 + "}")
+    path.write_text('{"lr": 1' + "0" * 400 + "}", encoding="utf-8")
     with pytest.raises(DemoError, match=r"--lr: expected a positive number, got 1000"):
         configure(read_config(path))
 

@@ -184,9 +184,9 @@ def test_files_of_the_user_are_left_alone(folder):
     start(folder, config_for(folder, epochs=1))
     copies = [folder / "epoch-best.safetensors", folder / "notes.txt"]
     for path in copies:
-        path.write_text("mine")
+        path.write_text("mine", encoding="utf-8")
     resume(folder, {"epochs": 15})
-    assert [path.read_text() for path in copies] == ["mine", "mine"]
+    assert [path.read_text(encoding="utf-8") for path in copies] == ["mine", "mine"]
 
 
 def test_a_rollback_to_a_damaged_checkpoint_is_refused(folder, monkeypatch, capsys):

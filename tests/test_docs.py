@@ -28,7 +28,7 @@ def public_names():
 
 def referenced_names():
     names, module = [], None
-    for line in (ROOT / "docs" / "reference.rst").read_text().splitlines():
+    for line in (ROOT / "docs" / "reference.rst").read_text(encoding="utf-8").splitlines():
         if match := re.fullmatch(r"\.\. currentmodule:: ([\w.]+)", line):
             module = match[1]
         elif match := re.fullmatch(r" {3}(\w+)", line):
@@ -42,10 +42,10 @@ def test_each_public_name_is_in_the_reference_once():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_includes_of_the_readme_is_found_there_once(page):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for start, end in re.findall(
         r'```\{include\} \.\./README\.md\n:start-after: "(.*)"\n(?::end-before: "(.*)"\n)?',
-        page.read_text(),
+        page.read_text(encoding="utf-8"),
     ):
         assert text.count(start) == 1, start
         assert end in text.partition(start)[2], end
@@ -54,7 +54,7 @@ def test_what_a_page_includes_of_the_readme_is_found_there_once(page):
 def test_each_page_is_in_a_table_of_contents():
     listed = re.findall(
         r"^```\{toctree\}\n((?:.*\n)*?)```",
-        "".join(page.read_text() for page in PAGES),
+        "".join(page.read_text(encoding="utf-8") for page in PAGES),
         re.MULTILINE,
     )
     entries = {line for block in listed for line in block.splitlines() if line}
@@ -65,7 +65,7 @@ def test_each_page_is_in_a_table_of_contents():
 def blocks_of(path, kind):
     """Return the blocks of a page: kind is "python" or "{doctest}"."""
     pattern = rf"^```{re.escape(kind)}\n(.*?)^```"
-    return re.findall(pattern, path.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def test_the_training_with_the_layer_learns(capsys):
@@ -105,7 +105,9 @@ def test_all_code_of_the_pages_is_run():
         (page.stem, kind)
         for page in PAGES
         for kind in re.findall(
-            r"^```(?!\{toctree|\{include|\{literalinclude|$)(.+)$", page.read_text(), re.MULTILINE
+            r"^```(?!\{toctree|\{include|\{literalinclude|$)(.+)$",
+            page.read_text(encoding="utf-8"),
+            re.MULTILINE,
         )
     }
     assert {kind for _, kind in kinds} <= {"python", "{doctest}"}
@@ -119,7 +121,7 @@ def test_all_code_of_the_pages_is_run():
 def test_the_architecture_page_lists_the_rooms_as_they_are():
     rows = re.findall(
         r"^\| `(\w+)` \| .+? \|(.*)\|$",
-        (ROOT / "docs" / "architecture.md").read_text(),
+        (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
     listed = {room: set(re.findall(r"`(\w+)`", uses)) for room, uses in rows}
@@ -132,7 +134,7 @@ def test_the_architecture_page_lists_the_rooms_as_they_are():
 def test_the_way_of_a_call_is_drawn_as_it_is_told():
     pytest.importorskip("matplotlib")
     drawn = [hop for _, hop, _ in runpy.run_path(str(ROOT / "docs" / "draw.py"))["WAY"]]
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert re.findall(r"^\d+\. \*\*(.+?)\*\*", page, re.MULTILINE) == drawn
     assert len(drawn) <= 12
 
@@ -140,7 +142,7 @@ def test_the_way_of_a_call_is_drawn_as_it_is_told():
 def test_the_tree_lists_each_file_of_the_package():
     tree = (
         (ROOT / "CONTRIBUTING.md")
-        .read_text()
+        .read_text(encoding="utf-8")
         .partition("```\nfastbn/\n")[2]
         .partition("\ntests/")[0]
     )
@@ -163,4 +165,4 @@ def test_the_tree_lists_each_file_of_the_package():
 
 @pytest.mark.parametrize("page", GALLERY, ids=lambda page: page.stem)
 def test_a_page_of_the_gallery_holds_its_claims(page):
-    assert len(re.findall(r"^ *assert ", page.read_text(), re.MULTILINE)) >= 2
+    assert len(re.findall(r"^ *assert ", page.read_text(encoding="utf-8"), re.MULTILINE)) >= 2

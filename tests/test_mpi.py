@@ -26,10 +26,10 @@ def test_all_is_the_same_over_real_messages(size):
 
 def test_the_program_of_the_page_trains_the_same_on_any_number_of_ranks(tmp_path):
     page = Path(__file__).parent.parent / "docs" / "distributed.md"
-    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", page.read_text(), re.MULTILINE)
+    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
     [block] = [block for block in blocks if "import fastbn" in block]
     program = tmp_path / "train.py"
-    program.write_text(textwrap.dedent(block).partition("mpiexec")[0])
+    program.write_text(textwrap.dedent(block).partition("mpiexec")[0], encoding="utf-8")
     losses = set()
     for size in (1, 2):
         status, out, err = run_mpi(size, "-m", "mpi4py", program)

@@ -100,7 +100,7 @@ def granted(tmp_path, membership, files):
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
-    (tmp_path / "membership").write_text(membership)
+    (tmp_path / "membership").write_text(membership, encoding="utf-8")
     return limits.of_control_groups("cpu", limits._cpus, tmp_path / "root", tmp_path / "membership")
 
 
@@ -209,7 +209,9 @@ def test_threadpoolctl_sets_the_number():
 
 
 def test_a_threadpoolctl_that_is_too_old_is_left_alone(tmp_path):
-    (tmp_path / "threadpoolctl.py").write_text("# without LibController, as before 3.2\n")
+    (tmp_path / "threadpoolctl.py").write_text(
+        "# without LibController, as before 3.2\n", encoding="utf-8"
+    )
     result = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + SHOW)
     assert result.returncode == 0, result.stderr
 

@@ -14,7 +14,9 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_examples_of_the_readme_run_and_learn(capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     assert len(blocks) == 2
     names = {}
     exec(compile(blocks[0], str(README), "exec"), names)
@@ -27,13 +29,13 @@ def test_the_examples_of_the_readme_run_and_learn(capsys):
 
 
 def test_the_readme_is_read_in_five_minutes():
-    lines = README.read_text().splitlines()
+    lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 200
     assert sum(line.startswith("|") for line in lines) <= 20
 
 
 def test_the_links_of_the_readme_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text())
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text(encoding="utf-8"))
     assert len(links) > 10
     assert [link for link in links if not (README.parent / link).exists()] == []
 
@@ -41,7 +43,9 @@ def test_the_links_of_the_readme_lead_somewhere():
 @pytest.mark.parametrize("extra", ["demo", "test"])
 def test_the_commands_of_the_readme_stand_on_one_line_each(extra):
     lines = [
-        line for line in README.read_text().splitlines() if f'pip install ".[{extra}]"' in line
+        line
+        for line in README.read_text(encoding="utf-8").splitlines()
+        if f'pip install ".[{extra}]"' in line
     ]
     assert len(lines) == 1
     assert lines[0].strip().startswith("python3 -m venv .venv && .venv/bin/pip install")

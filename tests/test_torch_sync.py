@@ -158,8 +158,8 @@ def test_wrong_inputs_raise_as_those_of_torch_do(x, message):
 
 def test_the_script_of_the_page_runs_under_torchrun(tmp_path):
     page = Path(__file__).parent.parent / "docs" / "torch.md"
-    (tmp_path / "train.py").write_text(blocks_of(page, "python")[1])
-    [command] = re.findall("^    torchrun (.+)$", page.read_text(), re.MULTILINE)
+    (tmp_path / "train.py").write_text(blocks_of(page, "python")[1], encoding="utf-8")
+    [command] = re.findall("^    torchrun (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *command.split()],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,

@@ -77,7 +77,7 @@ def blobs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield ["tune", "mine:objective"]
@@ -93,11 +93,11 @@ def test_the_demo_network(blobs, tmp_path, capsys):
     assert re.fullmatch(r"24 trials: \d+ complete, \d+ stopped early, 0 failed", lines[25])
     for text in ("  1. lr 0.", "  2. momentum 0.", "  3. decay_rate 0."):
         assert f"\n{text}" in out
-    with (tmp_path / "tune" / "trials.csv").open() as file:
+    with (tmp_path / "tune" / "trials.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 24
     assert float(rows[0]["params_lr"]) == configure({"optimizer": "momentum"}).lr
-    best = json.loads((tmp_path / "tune" / "best.json").read_text())
+    best = json.loads((tmp_path / "tune" / "best.json").read_text(encoding="utf-8"))
     assert best["hidden"] == [8, 8]
     assert best["seed"] == 3
     chosen = re.search(r"\n  the chosen   (\d\.\d{4}) \((\d\.\d{4}) to (\d\.\d{4})\)\n", out)
@@ -123,7 +123,7 @@ def test_a_finished_study_is_told_again(blobs, tmp_path, capsys):
 
 def test_the_test_examples_decide_nothing(blobs, tmp_path, capsys):
     run([*blobs, "--trials", "4"], capsys)
-    first = (tmp_path / "tune" / "best.json").read_text()
+    first = (tmp_path / "tune" / "best.json").read_text(encoding="utf-8")
     with np.load(tmp_path / "blobs.npz") as file:
         x, y = file["x"], file["y"]
     test = np.random.default_rng(0).permutation(140)[:28]  # as demo.data splits them
@@ -131,7 +131,7 @@ def test_the_test_examples_decide_nothing(blobs, tmp_path, capsys):
     np.savez(tmp_path / "blobs.npz", x=x, y=y)
     network._data.cache_clear()
     run([*blobs, "--trials", "4", "--out", "again"], capsys)
-    assert (tmp_path / "again" / "best.json").read_text() == first
+    assert (tmp_path / "again" / "best.json").read_text(encoding="utf-8") == first
     network._data.cache_clear()
 
 
@@ -213,7 +213,7 @@ def test_momentum_by_hand(blobs, tmp_path, capsys):
     assert (status, err) == (0, "")
     assert out.startswith("tuned, most important first: lr\n")
     assert "importance: cannot be told from these trials\n" in out
-    best = json.loads((tmp_path / "tune" / "best.json").read_text())
+    best = json.loads((tmp_path / "tune" / "best.json").read_text(encoding="utf-8"))
     assert (best["optimizer"], best["momentum"]) == ("momentum", 0.8)
 
 
@@ -261,7 +261,7 @@ def test_adam_and_what_is_asked_for(blobs, capsys):
 def test_a_function_of_ones_own(options, own, tmp_path, capsys):
     status, out, err = run([*own, "--trials", "20", *options.split()], capsys)
     assert (status, err) == (0, "")
-    best = json.loads((tmp_path / "tune" / "best.json").read_text())
+    best = json.loads((tmp_path / "tune" / "best.json").read_text(encoding="utf-8"))
     assert best.keys() == {"lr", "units"}
     assert 0.001 < best["lr"] < 0.1
     assert out.splitlines()[-1] == (
@@ -306,13 +306,13 @@ def test_a_function_of_ones_own(options, own, tmp_path, capsys):
     ],
 )
 def test_errors_are_one_line(options, message, own, tmp_path, capsys):
-    (tmp_path / "bare.py").write_text("objective = print")
-    (tmp_path / "odd.py").write_text("objective, space = print, 5")
+    (tmp_path / "bare.py").write_text("objective = print", encoding="utf-8")
+    (tmp_path / "odd.py").write_text("objective, space = print, 5", encoding="utf-8")
     status, _, err = run(["tune", *options.split()], capsys)
     assert status == 2
     assert re.fullmatch(r"fastbn(?: tune)?: error: .*\n", err)
     assert message in err
-    assert (tmp_path / "mine.py").read_text() == OWN
+    assert (tmp_path / "mine.py").read_text(encoding="utf-8") == OWN
     for name in ("bare", "odd"):
         sys.modules.pop(name, None)
 
@@ -351,9 +351,9 @@ def test_an_objective_that_goes_elsewhere(storage, own, tmp_path, capsys):
     assert (status, err) == (0, "")
     assert (tmp_path / "tune" / "best.json").exists()
     os.chdir(tmp_path)
-    first = (tmp_path / "tune" / "trials.csv").read_text()
+    first = (tmp_path / "tune" / "trials.csv").read_text(encoding="utf-8")
     assert run(words, capsys)[0] == 0  # from what was kept
-    assert (tmp_path / "tune" / "trials.csv").read_text() == first
+    assert (tmp_path / "tune" / "trials.csv").read_text(encoding="utf-8") == first
     assert not [path for path in tmp_path.glob("work/*") if path.name != "work"]
 
 
@@ -367,7 +367,7 @@ def test_an_objective_that_goes_elsewhere(storage, own, tmp_path, capsys):
     ],
 )
 def test_an_error_of_the_module_comes_with_its_traceback(text, error, own, tmp_path, capsys):
-    (tmp_path / "broken.py").write_text(text + "\n")
+    (tmp_path / "broken.py").write_text(text + "\n", encoding="utf-8")
     status, out, err = run(["tune", "broken:objective"], capsys)
     assert (status, out) == (2, "")
     *trace, last = err.splitlines()
@@ -396,7 +396,8 @@ def test_what_ended_the_workers_is_told(own, tmp_path, capsys):
         "def objective(params):\n"
         "    if params['x'] == 2:\n"
         "        signal.raise_signal(signal.SIGSEGV)\n"
-        "    return 1.0\n"
+        "    return 1.0\n",
+        encoding="utf-8",
     )
     words = ["tune", "crashing:objective", "--trials", "4", "--rounds", "1", "--workers", "2"]
     status, out, _ = run(words, capsys)
@@ -442,16 +443,16 @@ def test_a_real_ctrl_c(workers, own, tmp_path):
     assert err.splitlines()[1] == "interrupted: the finished trials are kept; resume with"
     again = shlex.split(err.splitlines()[2])
     assert again[1:] == ["-m", "fastbn", *map(str, words)]
-    before = len((tmp_path / "log").read_text().splitlines())
+    before = len((tmp_path / "log").read_text(encoding="utf-8").splitlines())
     assert 1 <= before < 8
 
     finished = subprocess.run(
         again, check=True, capture_output=True, text=True, env=start["env"]
     ).stdout
     assert "8 trials: " in finished
-    with (tmp_path / "tune" / "trials.csv").open() as file:
+    with (tmp_path / "tune" / "trials.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["state"] for row in rows] == ["complete"] * 8
-    begun = (tmp_path / "log").read_text().split()
+    begun = (tmp_path / "log").read_text(encoding="utf-8").split()
     assert set(begun) == {row["params_lr"] for row in rows}
     assert len(begun) <= 8 + workers  # only what was running began again

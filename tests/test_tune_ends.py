@@ -44,8 +44,10 @@ TRIALS = 8
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "hasty.py").write_text(HASTY)
-    (tmp_path / "slow.py").write_text(OWN.replace("def objective", "def other") + SLOWLY)
+    (tmp_path / "hasty.py").write_text(HASTY, encoding="utf-8")
+    (tmp_path / "slow.py").write_text(
+        OWN.replace("def objective", "def other") + SLOWLY, encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -62,19 +64,19 @@ def check_the_next_run_goes_on(folder, workers, lost=0):
     assert finished.returncode == 0, finished.stderr
     assert f"{TRIALS} trials: {TRIALS} complete" in finished.stdout
     assert "Traceback" not in finished.stderr
-    with (folder / "tune" / "trials.csv").open() as file:
+    with (folder / "tune" / "trials.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len({row["params_lr"] for row in rows}) == TRIALS
-    best = json.loads((folder / "tune" / "best.json").read_text())
+    best = json.loads((folder / "tune" / "best.json").read_text(encoding="utf-8"))
     assert best["lr"] in {float(row["params_lr"]) for row in rows}
-    for line in (folder / "tune" / "journal").read_text().splitlines():
+    for line in (folder / "tune" / "journal").read_text(encoding="utf-8").splitlines():
         json.loads(line)
     assert count(folder) <= TRIALS + workers + lost  # only what was running began again
 
 
 def count(folder):
     log = folder / "calls"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+    return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
 
 
 def kill_after(folder, workers, moment):
@@ -86,7 +88,7 @@ def kill_after(folder, workers, moment):
         os.killpg(process.pid, signal.SIGKILL)
     report = folder / "tune"
     if (report / "best.json").exists():
-        json.loads((report / "best.json").read_text())
+        json.loads((report / "best.json").read_text(encoding="utf-8"))
 
 
 def test_sigkill(folder):
@@ -159,7 +161,7 @@ def test_a_closed_output_at_ten_moments(lines, workers, folder):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")  # noqa: PTH110
 def test_a_full_output(folder):
-    with open("/dev/full", "w") as out:  # noqa: PTH123
+    with open("/dev/full", "w", encoding="utf-8") as out:  # noqa: PTH123
         ended = subprocess.run(**started(1, stdout=out), check=False, timeout=170)
     assert ended.returncode == 2
     assert ended.stderr == (

@@ -34,7 +34,7 @@ def test_all_files(result, tmp_path):
     files = report.write(tmp_path, result, result.best, "loss")
     assert [file.name for file in files] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    assert json.loads(files[1].read_text()) == result.best
+    assert json.loads(files[1].read_text(encoding="utf-8")) == result.best
     for file in files[2:]:
         pixels = image.imread(file)
         assert pixels.std() > 0.05

@@ -73,10 +73,10 @@ def test_damage_in_the_middle(tmp_path):
 
 @pytest.mark.parametrize("text", ["notes", "two\nlines", '{"a": 1}', "two\nlines\n"])
 def test_a_file_that_is_no_journal_stays_as_it_is(text, tmp_path):
-    (tmp_path / "notes.txt").write_text(text)
+    (tmp_path / "notes.txt").write_text(text, encoding="utf-8")
     with pytest.raises(DemoError, match=r"^storage: .*notes.txt: cannot be used: "):
         quiet(trials=6, storage=str(tmp_path / "notes.txt"))
-    assert (tmp_path / "notes.txt").read_text() == text
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == text
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -13,7 +13,9 @@ from fastbn import functional
 from fastbn.kernels.variants import NEEDED, available_isas
 from fastbn.runtime.cpu import cpu_features
 
-CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+CPUINFO = (
+    Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+)
 
 
 @pytest.mark.parametrize("isa", available_isas())

@@ -83,7 +83,7 @@ class Ending:
     ways: tuple[str, ...]
 
     def __call__(self, params):
-        with open(self.path, "a") as file:  # noqa: PTH123
+        with open(self.path, "a", encoding="utf-8") as file:  # noqa: PTH123
             file.write("call\n")
         calls = len(begun(Path(self.path)))
         ENDS[self.ways[(calls - 1) % len(self.ways)]]()
@@ -104,7 +104,7 @@ class Logged:
 
     def __call__(self, params):
         threads = fastbn.get_num_threads(), os.environ.get("OPENBLAS_NUM_THREADS")
-        with open(self.path, "a") as file:  # noqa: PTH123
+        with open(self.path, "a", encoding="utf-8") as file:  # noqa: PTH123
             file.write(f"{os.getpid()} {threads[0]} {threads[1]} {params['lr']!r}\n")
         wait_until(lambda: len({line[0] for line in begun(Path(self.path))}) >= self.processes)
         return bowl(params)
@@ -112,7 +112,11 @@ class Logged:
 
 def begun(path):
     """Return the lines of the file of `Logged`, as lists of words."""
-    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def wait_until(happened):

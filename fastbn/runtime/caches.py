@@ -77,12 +77,12 @@ def on_linux(cpus: int, root: Path = Path("/sys/devices/system/cpu")) -> Caches:
     found = []
     for cache in cpu.glob("cache/index*"):
         level, kind, size, shared = (
-            (cache / name).read_text().strip()
+            (cache / name).read_text(encoding="utf-8").strip()
             for name in ("level", "type", "size", "shared_cpu_list")
         )
         if kind != "Instruction":
             found.append(Cache(int(level), int(size.rstrip("K")) * KIB, count_cpus(shared)))
-    threads = count_cpus((cpu / "topology/thread_siblings_list").read_text())
+    threads = count_cpus((cpu / "topology/thread_siblings_list").read_text(encoding="utf-8"))
     return shares(found, threads, cpus)
 
 

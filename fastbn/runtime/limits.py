@@ -39,16 +39,20 @@ def of_control_groups(
 
 def _cpus(group: Path) -> float | None:
     if (group / "cpu.max").exists():  # version 2: "150000 100000" or "max 100000"
-        quota, period = (group / "cpu.max").read_text().split()
+        quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
     else:  # version 1: -1 is no limit
-        quota = (group / "cpu.cfs_quota_us").read_text()
-        period = (group / "cpu.cfs_period_us").read_text()
+        quota = (group / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+        period = (group / "cpu.cfs_period_us").read_text(encoding="utf-8")
     return int(quota) / int(period) if int(quota) >= 0 else None
 
 
 def _memory(group: Path) -> int:
     version_2 = group / "memory.max"
-    return int((version_2 if version_2.exists() else group / "memory.limit_in_bytes").read_text())
+    return int(
+        (version_2 if version_2.exists() else group / "memory.limit_in_bytes").read_text(
+            encoding="utf-8"
+        )
+    )
 
 
 def usable_cpus(root: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP) -> int:
