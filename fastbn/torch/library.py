@@ -47,7 +47,7 @@ def _normalize(
         x, weight, bias, mean, var, residual, mean is None, each, eps, activation, True,
         None, out,
     )  # fmt: skip
-    if done is None:
+    if done is None or done[1] is None:
         raise ValueError("fastbn::normalize: expected what fastbn.torch.batch_norm passes on")
     statistics, signs, *_ = done[1][1]
     signs = np.empty(0, np.int16) if signs is None else signs.view(np.int16)
