@@ -14,10 +14,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from fastbn import BatchNorm, runtime_info
+from fastbn.demo.config import configure
 from fastbn.demo.data import load
 from fastbn.demo.layers import ReLU, softmax_cross_entropy
 from fastbn.demo.network import Container
-from fastbn.demo.train import Trainer, configure
+from fastbn.demo.train import Trainer
 
 
 class Steps(Container):

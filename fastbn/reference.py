@@ -249,13 +249,13 @@ def _in_groups(
     batch = x.ndim - 1 if 0 not in _other_axes(x, axis) else 0
     cuts = range(size, x.shape[batch], size)
     parts = np.split(x, cuts, axis=batch)
-    cut = {
+    cut: dict[str, Any] = {
         name: np.split(array, cuts, axis=-1 if batch else 0)  # a mask has no axis of channels
         for name, array in arrays.items()
         if array is not None
     }
     results = [
-        batch_norm(part, axis=axis, **{name: cut[name][i] for name in cut}, **options)
+        batch_norm(part, axis=axis, **options, **{name: cut[name][i] for name in cut})
         for i, part in enumerate(parts)
     ]
     ys, caches = zip(*results, strict=True)

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from fastbn.demo.config import configure
 from fastbn.demo.data import load
-from fastbn.demo.train import Trainer, configure
+from fastbn.demo.train import Trainer
 
 QUICK = {"hidden": (8, 8), "epochs": 4, "batch_size": 16}
 

@@ -5,9 +5,10 @@ from itertools import count
 import pytest
 
 from fastbn.demo import watch
+from fastbn.demo.config import configure
 from fastbn.demo.data import load
 from fastbn.demo.log import Log, Nudge
-from fastbn.demo.train import Trainer, configure
+from fastbn.demo.train import Trainer
 
 for module in ("filelock", "matplotlib", "safetensors", "threadpoolctl", "tqdm"):
     pytest.importorskip(module)

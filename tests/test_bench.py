@@ -247,7 +247,12 @@ def a_file(path, rows, load=0.1):
     for name, each in errors.items():
         info = {"contender": name, "case": asdict(ACCURACY), "errors": each}
         benchmarks.append({"extra_info": info, "stats": {}})
-    machine = {"cpu": {"brand_raw": "A CPU"}, "cores": 2, "load_before": load, "caches": "32K,1M,32M"}
+    machine = {
+        "cpu": {"brand_raw": "A CPU"},
+        "cores": 2,
+        "load_before": load,
+        "caches": "32K,1M,32M",
+    }
     machine |= {"versions": {"fastbn": "1.0"}, "python_version": "3.12"}
     about = {"datetime": "2026-01-02T03:04", "commit_info": {"id": "0123456789abcdef"}}
     path.write_text(json.dumps({"benchmarks": benchmarks, "machine_info": machine, **about}))
@@ -276,7 +281,10 @@ def test_readme_and_pages_come_from_one_csv(report, monkeypatch, folder):
     assert len(table) == 2 + 8
     assert table[0].endswith("| of ceiling | NumPy | PyTorch | oneDNN |")
     assert table[2].startswith("| forward | NCHW | sum of 32 norms | 320 ms |")
-    assert "float32 on 2 threads; A CPU, 2 CPUs, caches 32K,1M,32M (load 0.1 before); Python 3.12" in text
+    assert (
+        "float32 on 2 threads; A CPU, 2 CPUs, caches 32K,1M,32M (load 0.1 before); Python 3.12"
+        in text
+    )
     assert (
         "Case by case, fastbn loses to oneDNN in 1 of 1; at worst it takes 1.2 times as long "
         "(oneDNN: backward on NCHW (32, 64, 56, 56)). On arrays of 1 MB and more it is farthest"

@@ -13,6 +13,7 @@ from support import write_blobs
 
 import fastbn
 from fastbn.cli import main
+from fastbn.demo import config as demo_config
 from fastbn.demo import train
 from fastbn.demo.checkpoint import load_checkpoint
 from fastbn.demo.train import Trainer
@@ -77,7 +78,9 @@ def test_version(capsys):
     assert run(["--version"], capsys) == (0, f"fastbn {fastbn.__version__}\n", "")
 
 
-FIELDS = [train.option(field.name) for field in fields(train.Config) if field.metadata["help"]]
+FIELDS = [
+    demo_config.option(field.name) for field in fields(demo_config.Config) if field.metadata["help"]
+]
 FILES = ["--plot", "--save", "--export"]
 
 
@@ -102,19 +105,19 @@ def test_help_names_every_option(command, options, capsys):
 
 def test_help_tells_the_true_defaults(capsys):
     words = " ".join(run(["train", "--help"], capsys)[1].split())
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in train.LR.items())
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in demo_config.LR.items())
     assert f"(default: {rates})" in words
-    for optimizer, values in train.OPTIMIZER.items():
+    for optimizer, values in demo_config.OPTIMIZER.items():
         for name, value in values.items():
             assert re.search(
                 f"--{name} \\w+ of (the optimizer )?{optimizer} .default: {value}.", words
             )
-    decays = ", ".join(f"{name} {rate:g}" for name, rate in train.DECAY_RATE.items())
+    decays = ", ".join(f"{name} {rate:g}" for name, rate in demo_config.DECAY_RATE.items())
     assert f"(default: {decays})" in words
     for options in (["mlp"], ["resnet"]):
-        hidden = ",".join(map(str, train.HIDDEN[options[0]]))
+        hidden = ",".join(map(str, demo_config.HIDDEN[options[0]]))
         assert f"of the {options[0]} (default: {hidden})" in words
-    epochs = ", ".join(f"{name} {count}" for name, count in train.EPOCHS.items())
+    epochs = ", ".join(f"{name} {count}" for name, count in demo_config.EPOCHS.items())
     assert f"default: {epochs}" in words
 
 
@@ -158,7 +161,7 @@ def test_every_option_arrives(blobs, tmp_path, capsys):
     status, _, err = run([*blobs, *options.split()], capsys)
     assert (status, err) == (0, "")
     config = load_checkpoint(file, {}).config
-    assert config == train.Config(
+    assert config == demo_config.Config(
         data=str(tmp_path / "blobs.npz"),
         data_dir=str(tmp_path),
         model="resnet",

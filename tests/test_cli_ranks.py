@@ -8,8 +8,9 @@ from support import write_blobs
 from test_cli import run
 
 from fastbn.demo import DemoError
+from fastbn.demo.config import configure
 from fastbn.demo.data import load
-from fastbn.demo.train import Trainer, configure
+from fastbn.demo.train import Trainer
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import fastbn
 from fastbn import BatchNorm
 from fastbn.demo import DemoError
 from fastbn.demo.checkpoint import load_checkpoint
+from fastbn.demo.config import OPTIMIZER, configure
 from fastbn.demo.files import check_writable, write_atomically
-from fastbn.demo.train import OPTIMIZER, State, configure
+from fastbn.demo.train import State
 
 for module in ("safetensors", "threadpoolctl", "tqdm"):
     pytest.importorskip(module)
@@ -107,6 +108,7 @@ def checkpoint(blobs, tmp_path):
         ({"hidden": (8,)}, r"--hidden: .* expected \(8, 8\) .* got \(8,\)"),
         ({"norm": "batch"}, "--norm: .* expected 'none' .* got 'batch'"),
         ({"epochs": 1}, "--epochs: expected 2 as in .* or more, got 1"),
+        ({"epochs": "3"}, "--epochs: expected an integer from 1, got '3'"),
     ],
 )
 def test_another_configuration_cannot_be_resumed(given, message, checkpoint):

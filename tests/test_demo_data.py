@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -126,6 +127,11 @@ GOOD_X, GOOD_Y = make()
         ({}, "got none$"),
         ({"x": GOOD_X, "y": GOOD_Y[:-1]}, r"one integer .* each of 40 .* of shape \(39,\)"),
         ({"x": GOOD_X, "y": GOOD_Y * 1.0}, "y: expected one integer .* got float64"),
+        ({"x": GOOD_X, "y": GOOD_Y.astype(str)}, "y: expected one integer .* got <U"),
+        (
+            {"x": GOOD_X, "y": GOOD_Y.astype(np.uint64) + 2**63},
+            "labels below 2.*63, got 92233720",
+        ),
         ({"x": GOOD_X, "y": GOOD_Y - 1}, "from 0 upwards .* from -1"),
         ({"x": GOOD_X, "y": np.eye(40)}, r"got float64 of shape \(40, 40\)"),
         ({"x": GOOD_X, "y": GOOD_Y * 10**9}, "labels below the number of examples, got 3000000000"),
@@ -160,6 +166,14 @@ def test_pickled_objects_are_refused(tmp_path):
     path = save(tmp_path / "d.npz", x=np.array([print, None]), y=GOOD_Y)
     with pytest.raises(DemoError, match="cannot be read: Object arrays cannot be loaded"):
         load(path)
+
+
+def test_what_is_no_array(tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as file:
+        file.writestr("x", "text")
+        file.writestr("y", "text")
+    with pytest.raises(DemoError, match=r"expected the arrays x, y or .* got none"):
+        load(str(tmp_path / "d.npz"))
 
 
 def test_a_missing_or_damaged_npz(tmp_path):

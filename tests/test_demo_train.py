@@ -9,16 +9,10 @@ from demo_cases import trainer_for
 from support import write_blobs
 
 from fastbn.demo import DemoError
+from fastbn.demo.config import CHOICES, COMPARED, configure, read_config
 from fastbn.demo.curves import draw
 from fastbn.demo.layers import Conv2d, Linear
-from fastbn.demo.train import (
-    CHOICES,
-    COMPARED,
-    DivergedError,
-    configure,
-    decayed_lr,
-    read_config,
-)
+from fastbn.demo.train import DivergedError, decayed_lr
 
 pytest.importorskip("tqdm")
 pytest.importorskip("threadpoolctl")
@@ -132,6 +126,15 @@ def test_the_optimizer_gets_the_decayed_rate(blobs):
         ({"zero_gamma": True}, "--zero-gamma: expected --model resnet with a norm, got True"),
         ({"zero_gamma": True, "model": "resnet", "norm": "none"}, "--zero-gamma: expected --model"),
         ({"zero_gamma": 1, "model": "resnet"}, "--zero-gamma: expected True or False, got 1"),
+        ({"model": ["mlp"]}, "--model: expected mlp or resnet, got ['mlp']"),
+        ({"norm": {"a": 1}}, "--norm: expected batch or instance or none, got {'a': 1}"),
+        ({"optimizer": None}, "--optimizer: expected sgd or momentum or rmsprop or adam, got None"),
+        ({"lr_decay": []}, "--lr-decay: expected none or inverse or .*, got []"),
+        ({"lr": 10**400}, "--lr: expected a positive number, got 1000"),
+        (
+            {"lr_decay": "inverse", "decay_rate": float("inf")},
+            "--decay-rate: expected a positive number, got inf",
+        ),
         ({"optimizer": "lbfgs"}, "--optimizer: expected sgd or .*, got 'lbfgs'"),
         ({"lr_decay": "step"}, "--lr-decay: expected none or .*, got 'step'"),
         ({"lr": 0.0}, "--lr: expected a positive number, got 0.0"),
@@ -152,7 +155,7 @@ def test_the_optimizer_gets_the_decayed_rate(blobs):
     ],
 )
 def test_values_out_of_range(given, message):
-    with pytest.raises(DemoError, match=message.replace("()", r"\(\)")):
+    with pytest.raises(DemoError, match=re.sub(r"([()\[\]{}])", r"\\\1", message)):
         configure(given)
 
 
@@ -255,6 +258,9 @@ def test_a_configuration_from_a_file_is_checked(tmp_path):
     path.write_text('{"lr": 1, "hidden": [8], "batch_size": 2.5}')
     assert read_config(path) == {"lr": 1.0, "hidden": (8,), "batch_size": 2.5}
     with pytest.raises(DemoError, match=r"--batch-size: expected an integer from 2, got 2.5"):
+        configure(read_config(path))
+    path.write_text('{"lr": 1' + "0" * 400 + "}")
+    with pytest.raises(DemoError, match=r"--lr: expected a positive number, got 1000"):
         configure(read_config(path))
 
 

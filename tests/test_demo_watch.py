@@ -9,6 +9,7 @@ from support import write_blobs
 
 from fastbn import optim
 from fastbn.demo import DemoError, train, watch
+from fastbn.demo import config as demo_config
 from fastbn.demo.data import load
 from fastbn.demo.log import Nudge
 from fastbn.demo.train import DivergedError, Trainer, decayed_lr
@@ -62,7 +63,7 @@ RUNS = [
 
 @pytest.mark.parametrize("given", RUNS, ids=lambda given: "-".join(map(str, given.values())))
 def test_nudges_and_rollbacks_replay_to_the_same_bits(given, folder, nudged, capsys):
-    has_momentum = given["optimizer"] in train.OPTIMIZER
+    has_momentum = given["optimizer"] in demo_config.OPTIMIZER
     nudges = {
         2: [{"lr": 0.01}],
         3: [{"momentum": 0.5}] if has_momentum else [{"lr": 0.02}],
@@ -76,7 +77,7 @@ def test_nudges_and_rollbacks_replay_to_the_same_bits(given, folder, nudged, cap
     assert capsys.readouterr().out.splitlines()[-1] == "the same bits: 12 epochs, 6 nudges"
 
 
-@pytest.mark.parametrize("lr_decay", train.CHOICES["lr_decay"])
+@pytest.mark.parametrize("lr_decay", demo_config.CHOICES["lr_decay"])
 def test_a_nudged_learning_rate_is_that_of_epoch_0(lr_decay, folder, nudged, capsys):
     nudged({2: [{"lr": 0.01}]}, lr=0.1, lr_decay=lr_decay)
     before, after = (config_for(folder, lr=lr, lr_decay=lr_decay) for lr in (0.1, 0.01))

@@ -1,12 +1,13 @@
 """The numerical promises, through the public functions, in every kernel variant."""
 
 from decimal import Decimal, localcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, KERNELS, MEANS_AND_STDS, assert_close, exact_batch_norm
+from support import DTYPES, KERNELS, MEANS_AND_STDS, assert_close, exact_batch_norm, python
 
 import fastbn
 from fastbn import functional
@@ -128,6 +129,25 @@ def test_a_large_constant_in_the_gradient_costs_no_digits(variant, rng):
     _, *exact, _, _ = exact_batch_norm(x, np.ones(4), np.zeros(4), dy, 1)
     for actual, wanted in zip((dx, dgamma, dbeta), exact, strict=True):
         assert_close(actual, wanted)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_many_channels_need_little_scratch_memory():
+    code = r"""
+import re, numpy as np, fastbn
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+x = np.ones((400_000, 16), np.float32)
+out = x.copy()
+fastbn.batch_norm(x[:100], axis=0)
+before = peak()
+_, cache = fastbn.batch_norm(x, axis=0, out=out)
+statistics = 5 * 8 * 400_000  # mean in two parts, var, gamma, beta: what the cache holds
+print((peak() - before - statistics) / x.nbytes)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 0.25
 
 
 def test_an_outlier_in_first_place_costs_no_digits(variant, rng):

@@ -8,13 +8,14 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_cli import command, run
 
 from fastbn.demo import DemoError
-from fastbn.demo.train import CHOICES, OPTIMIZER, configure
+from fastbn.demo.config import CHOICES, OPTIMIZER, Config, configure, option
 from fastbn.tune import network
 
 for module in ("optuna", "cmaes", "rich", "sklearn", "matplotlib", "tqdm", "threadpoolctl"):
@@ -37,6 +38,28 @@ def slow(params):
     return objective(params)
 
 no_function = 5
+
+def missing(params):
+    with open("weights.npz") as file:
+        return len(file.read())
+
+def exits(params):
+    raise SystemExit("no GPU")
+
+def unspeakable(params):
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise RuntimeError
+    raise Unspeakable
+
+def elsewhere(params):
+    import os
+    os.makedirs("work", exist_ok=True)
+    os.chdir("work")
+    return objective(params)
+
+def constant(params):
+    return 1.0
 """
 
 
@@ -151,6 +174,67 @@ def test_what_is_given_is_not_tuned():
         network.space_of({"optimizer": "adam", "beta2": 0.9}, ["beta1", "x"])
 
 
+GIVEN = {
+    "data": "blobs.npz", "data_dir": "elsewhere", "model": "resnet", "norm": "none",
+    "zero_gamma": None, "hidden": "8,8", "optimizer": "sgd", "lr": "0.1", "momentum": "0.5",
+    "beta1": "0.8", "beta2": "0.98", "eps": "1e-7", "lr_decay": "cosine", "decay_rate": "0.8",
+    "batch_size": "20", "epochs": "1", "seed": "7",
+}  # fmt: skip
+NEEDS = {
+    "zero_gamma": ["--model", "resnet"],
+    **{name: ["--optimizer", "adam"] for name in ("beta1", "beta2", "eps")},
+}
+
+
+@pytest.mark.parametrize("name", Config.__dataclass_fields__)
+def test_an_option_given_by_hand_is_checked_against_what_will_run(name, blobs, capsys, monkeypatch):
+    ran = {}
+
+    def search(function, tiers, **options):
+        ran.update(configs=[network.config_of(function.given, options["start"])], tiers=tiers)
+        raise DemoError("that is enough")
+
+    monkeypatch.setattr("fastbn.tune.command.search", search)
+    words = [option(name), *([] if GIVEN[name] is None else [GIVEN[name]])]
+    data = [] if name == "data" else ["--data", "blobs.npz"]
+    status, _, err = run(["tune", *data, *NEEDS.get(name, []), *words], capsys)
+    assert (status, err) == (2, "fastbn tune: error: that is enough\n")
+    [config] = ran["configs"]
+    got = getattr(config, name)
+    expected = {"data": str(Path("blobs.npz").absolute()), "zero_gamma": True, "hidden": (8, 8),
+                "data_dir": str(Path("elsewhere").absolute())}  # fmt: skip
+    assert got == expected.get(name, type(got)(GIVEN[name] or 0))
+    assert not any(name in tier for tier in ran["tiers"])
+
+
+def test_momentum_by_hand(blobs, tmp_path, capsys):
+    words = [*blobs, "--trials", "3", "--epochs", "1", "--momentum", "0.8"]
+    status, out, err = run(words, capsys)
+    assert (status, err) == (0, "")
+    assert out.startswith("tuned, most important first: lr\n")
+    assert "importance: cannot be told from these trials\n" in out
+    best = json.loads((tmp_path / "tune" / "best.json").read_text())
+    assert (best["optimizer"], best["momentum"]) == ("momentum", 0.8)
+
+
+def test_few_examples(blobs, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for examples, tuned in ((40, "batch_size"), (20, "decay_rate")):
+        np.savez(tmp_path / "blobs.npz", x=rng.random((examples, 4, 4)), y=np.arange(examples) % 2)
+        network._data.cache_clear()
+        words = [*blobs, "--trials", "40", "--epochs", "1", "--out", tuned, "--lr", "0.1"]
+        status, out, err = run([*words, "--momentum", "0.5", "--sampler", "odd"], capsys)
+        if tuned == "batch_size":
+            assert (
+                err == "fastbn tune: error: sampler: expected random or tpe or cmaes, got 'odd'\n"
+            )
+            assert out == "tuned, most important first: batch_size; decay_rate\n"
+        else:
+            assert err.startswith("fastbn tune: error: --batch-size: expected at most ")
+        assert status == 2
+    network._data.cache_clear()
+
+
 def test_a_network_that_diverges(blobs):
     loss = network.ValidationLoss({"data": "blobs.npz", "norm": "none", "optimizer": "sgd"})
     assert list(loss({"lr": 1e30})) == [np.inf]
@@ -202,6 +286,19 @@ def test_a_function_of_ones_own(options, own, tmp_path, capsys):
         ("mine:objective --sampler grid", "sampler: expected random or tpe or cmaes, got 'grid'"),
         ("mine:objective --storage x://y", "storage: x://y: cannot be used: "),
         ("mine:objective --out mine.py", "--out mine.py: "),
+        ("mine:objective --storage sqlite://", "storage: expected a file or sqlite:///FILE, got"),
+        ("mine:objective --storage :memory:", "workers cannot share a database in memory"),
+        ("mine:objective --storage /dev/null", "storage: /dev/null: cannot be used: "),
+        ("mine:objective --storage=", "storage: expected a name, got ''"),
+        ("mine:objective --storage mine.py", "mine.py: cannot be used: "),
+        ("mine:objective --study=", "study: expected a name, got ''"),
+        ("mine:objective --rounds 0", "rounds: expected an integer from 1 to 40 trials, got 0"),
+        ("mine:objective --workers 0", "workers: expected an integer from 1, got 0"),
+        ("mine:objective --seed -1", "seed: expected an integer from 0, got -1"),
+        ("--optimizer adam --momentum 0.9", "--momentum: expected nothing with --optimizer adam"),
+        ("--beta1 0.9", "--beta1: expected nothing with --optimizer momentum, got 0.9"),
+        ("--lr-decay cosine --decay-rate 0.5", "--decay-rate: expected nothing with --lr-decay"),
+        ("--also=", "--also: expected nothing with --optimizer momentum, got "),
         ("--also beta1", "--also: expected nothing with --optimizer momentum, got beta1"),
         ("--data none.npz", "none.npz: no such file"),
         ("--batch-size 1", "--batch-size: expected an integer from 2, got 1"),
@@ -220,12 +317,101 @@ def test_errors_are_one_line(options, message, own, tmp_path, capsys):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "FileNotFoundError: [Errno 2] No such file or directory: 'weights.npz'"),
+        ("unspeakable", "Unspeakable: <exception str() failed>"),
+    ],
+)
+def test_an_error_of_the_objective_comes_with_its_traceback(name, message, workers, own, capsys):
+    words = ["tune", f"mine:{name}", "--trials", "4", "--workers", str(workers)]
+    status, _, err = run(words, capsys)
+    assert status == 2
+    lines = err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert re.search(rf'mine.py", line \d+, in {name}$', lines[1])  # of the user's code alone
+    assert lines[-2].startswith("raised by the objective with {'")
+    assert lines[-1] == f"fastbn tune: error: objective: {message}"
+
+
+def test_an_objective_that_exits(own, capsys):
+    status, _, err = run(["tune", "mine:exits", "--trials", "4"], capsys)
+    assert (status, err.splitlines()[-1]) == (
+        2,
+        "fastbn tune: error: objective: SystemExit: no GPU",
+    )
+
+
+@pytest.mark.parametrize("storage", ["", "--storage mine.journal", "--storage sqlite:///study.db"])
+def test_an_objective_that_goes_elsewhere(storage, own, tmp_path, capsys):
+    words = ["tune", "mine:elsewhere", "--trials", "4", *storage.split()]
+    status, _, err = run(words, capsys)
+    assert (status, err) == (0, "")
+    assert (tmp_path / "tune" / "best.json").exists()
+    os.chdir(tmp_path)
+    first = (tmp_path / "tune" / "trials.csv").read_text()
+    assert run(words, capsys)[0] == 0  # from what was kept
+    assert (tmp_path / "tune" / "trials.csv").read_text() == first
+    assert not [path for path in tmp_path.glob("work/*") if path.name != "work"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("open('weights.npz')", "FileNotFoundError: [Errno 2] No such file"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_an_error_of_the_module_comes_with_its_traceback(text, error, own, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text(text + "\n")
+    status, out, err = run(["tune", "broken:objective"], capsys)
+    assert (status, out) == (2, "")
+    *trace, last = err.splitlines()
+    assert last.startswith(f"fastbn tune: error: MODULE:FUNCTION: broken: {error}")
+    assert any('broken.py", line 1' in line for line in trace)
+    assert not any("fastbn" in line or "importlib" in line for line in trace)
+    assert not (tmp_path / "tune").exists()
+
+
+def test_importances_that_cannot_be_told(own, tmp_path, capsys):
+    status, out, err = run(["tune", "mine:constant", "--trials", "20"], capsys)
+    assert (status, err) == (0, "")
+    assert "\nimportance: cannot be told from these trials\n" in out
+    names = {path.stem for path in (tmp_path / "tune").iterdir()}
+    assert names >= {"trials", "best", "history", "parallel", "slices", "scales"}
+    assert "importances" not in names
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+def test_what_ended_the_workers_is_told(own, tmp_path, capsys):
+    (tmp_path / "crashing.py").write_text(
+        "import os, signal\n"
+        "from fastbn.tune import choice\n"
+        "space = {'x': choice(1, 2)}\n"
+        "start = {'x': 2}\n"
+        "def objective(params):\n"
+        "    if params['x'] == 2:\n"
+        "        signal.raise_signal(signal.SIGSEGV)\n"
+        "    return 1.0\n"
+    )
+    words = ["tune", "crashing:objective", "--trials", "4", "--rounds", "1", "--workers", "2"]
+    status, out, _ = run(words, capsys)
+    assert status == 0
+    assert re.search(r" failed, SIGSEGV  x=2\n", out)
+    assert re.search(r"4 trials: \d complete, 0 stopped early, \d failed \(SIGSEGV\)\n", out)
+    sys.modules.pop("crashing", None)
+
+
 def test_help(capsys):
     status, out, _ = run(["tune", "--help"], capsys)
     assert status == 0
-    for option in ("--trials", "--rounds", "--sampler", "--also", "--workers", "--storage",
+    for word in ("--trials", "--rounds", "--sampler", "--also", "--workers", "--storage",
                    "--study", "--out", "--optimizer", "--lr", "--data", "--seed"):  # fmt: skip
-        assert f"  {option}" in out
+        assert f"  {word}" in out
     assert "default: momentum" in out
 
 

@@ -8,7 +8,7 @@ from tune_objectives import bowl, space, steps, wait_until
 
 from fastbn.tune import rounds
 from fastbn.tune.rounds import Plan, Round, Search, ranked
-from fastbn.tune.search import opened
+from fastbn.tune.storage import opened
 
 optuna = pytest.importorskip("optuna")
 

@@ -71,6 +71,17 @@ def test_importing_fastbn_needs_numpy_alone():
     assert result.stdout.strip() == ""
 
 
+def test_importing_fastbn_takes_at_most_30_ms_beside_numpy(tmp_path):
+    code = (
+        "import numpy, time; before = time.thread_time(); import fastbn\n"
+        "print(time.thread_time() - before)"
+    )
+    # As after an installation: the modules are compiled to bytecode, here by the first run.
+    cached = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    seconds = [float(python(code, **cached).stdout) for _ in range(6)]
+    assert min(seconds) <= 0.030
+
+
 def test_kernels_of_another_version_are_refused():
     other = SimpleNamespace(__name__="fastbn.kernels.other", job_size=8, kernel=None)
     with pytest.raises(ImportError, match=r"fastbn.kernels.other: expected a module compiled with"):

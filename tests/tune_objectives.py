@@ -1,6 +1,8 @@
 """What the tests of the search share: objectives that worker processes can import, helpers."""
 
 import os
+import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,45 @@ def killed(params):
     if params["units"] == 5:
         os.kill(os.getpid(), 9)
     return bowl(params)
+
+
+class UnspeakableError(Exception):
+    """Cannot say what is wrong."""
+
+    def __str__(self):
+        raise RuntimeError
+
+
+def unspeakable(params):
+    raise UnspeakableError
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+ENDS = {
+    "exits": lambda: sys.exit("no GPU"),
+    "exits well": lambda: sys.exit(0),
+    "interrupts": _interrupt,
+    "ends at once": lambda: os._exit(0),
+    "is told to end": lambda: signal.raise_signal(signal.SIGTERM),
+    "crashes": lambda: signal.raise_signal(signal.SIGSEGV),
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Ends its worker, each time in another way; a file tells how often it was called."""
+
+    path: str
+    ways: tuple[str, ...]
+
+    def __call__(self, params):
+        with open(self.path, "a") as file:  # noqa: PTH123
+            file.write("call\n")
+        calls = len(begun(Path(self.path)))
+        ENDS[self.ways[(calls - 1) % len(self.ways)]]()
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from fastbn.demo.config import configure
 from fastbn.demo.data import Data, load
 from fastbn.demo.layers import Flatten, Linear
 from fastbn.demo.network import Sequential
-from fastbn.demo.train import DivergedError, Trainer, configure, make_optimizer
+from fastbn.demo.train import DivergedError, Trainer, make_optimizer
 
 threadpool_limits(1, user_api="blas")  # as the demo does: the same bits on any number of cores
 

@@ -10,8 +10,9 @@ import numpy as np
 from common import SEEDS, band, make_trainer, panels, spread, train
 
 from fastbn import BatchNorm
+from fastbn.demo.config import LR
 from fastbn.demo.network import Sequential
-from fastbn.demo.train import LR, make_optimizer
+from fastbn.demo.train import make_optimizer
 
 HIDDEN, EPOCHS = (256, 256), 15
 

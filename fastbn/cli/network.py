@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastbn.demo.train import CHOICES, FLOATS, Config, option, read_config
+from fastbn.demo.config import CHOICES, FLOATS, Config, option, read_config
+from fastbn.demo.files import absolute
 
 
 def add_network_options(
@@ -26,7 +27,7 @@ def add_network_options(
         The default of the command, for the help.
     """
     add = parser.add_argument_group("network, data and training").add_argument
-    kinds: dict[str, Any] = {"hidden": _widths, "data": _data, "data_dir": _absolute}
+    kinds: dict[str, Any] = {"hidden": _widths, "data": _data, "data_dir": absolute}
     kinds |= dict.fromkeys(FLOATS, float) | dict.fromkeys(("batch_size", "epochs", "seed"), int)
     for field in fields(Config):
         if not field.metadata["help"]:
@@ -62,10 +63,6 @@ def _widths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
 
 
-def _absolute(text: str) -> str:
-    # So that a run can be resumed from another folder.
-    return str(Path(text).resolve())
-
-
 def _data(text: str) -> str:
-    return _absolute(text) if text.endswith(".npz") else text
+    # So that a run can be resumed from another folder.
+    return absolute(text) if text.endswith(".npz") else text

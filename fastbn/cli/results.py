@@ -3,15 +3,16 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastbn.demo import DemoError, require
-from fastbn.demo.curves import draw
-from fastbn.demo.files import check_writable, refusals
-from fastbn.demo.train import Config, Trainer
+from fastbn.demo.config import Config
+from fastbn.demo.curves import check_drawing, draw
+from fastbn.demo.files import absolute, check_writable, refusals
+from fastbn.demo.train import Trainer
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -30,26 +31,44 @@ def add_file_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return group
 
 
-def check_files(config: Config, plot: Path | None, save: Path | None, export: Path | None) -> None:
-    """Find out before a training what would be lost after it."""
-    outputs = (
-        ("--plot", plot, ".png", "matplotlib", "demo"),
-        ("--save", save, "", "safetensors", "io"),
-        ("--export", export, ".safetensors", "safetensors", "io"),
-    )
-    for option, path, suffix, module, extra in outputs:
-        if path and suffix not in ("", path.suffix.lower()):
-            raise DemoError(f"{option}: expected the name of a {suffix} file, got {path}")
-        if path:
-            require(module, extra)
-            check_writable(path, option=option)
-    if save and str(save.resolve()) == config.data:
-        raise DemoError(f"--save: expected another file than that of --data, got {save}")
+def check_files(
+    config: Config,
+    plot: Path | None,
+    save: Path | None,
+    export: Path | None,
+    inputs: Mapping[str, Path | None],
+) -> None:
+    """Find out before a training what would be lost after it; no output may be an input."""
+    data = Path(config.data) if config.data.endswith(".npz") else None
+    named = {name: path for name, path in {**inputs, "--data": data}.items() if path}
+    outputs = (("--plot", plot, ".png"), ("--save", save, ""), ("--export", export, ".safetensors"))
+    for name, path, suffix in outputs:
+        if not path:
+            continue
+        if suffix not in ("", path.suffix.lower()):
+            raise DemoError(f"{name}: expected the name of a {suffix} file, got {path}")
+        for other, file in named.items():
+            if same(path, file):
+                raise DemoError(f"{name}: expected another file than that of {other}, got {path}")
+        named[name] = path
+        if path == plot:
+            check_drawing()
+        else:
+            require("safetensors", "io")
+        check_writable(path, option=name)
     if export and config.norm == "instance":
         raise DemoError(
             "--export: expected --norm batch or none, as instance norm cannot be folded, got"
             " --norm instance"
         )
+
+
+def same(path: Path, other: Path) -> bool:
+    """Return whether two paths are of one file, which may not be there yet."""
+    try:
+        return path.samefile(other)
+    except (OSError, ValueError):  # one is not there, for instance
+        return absolute(str(path)) == absolute(str(other))
 
 
 @contextmanager
@@ -81,20 +100,29 @@ def tell(
 ) -> None:
     """Draw and export what was asked for, and print the accuracy on the test examples.
 
-    With others, each one's accuracies are told before.
+    With others, each one's accuracies are told before. What cannot be written is told in the end.
     """
-    trainers = [trainer, *others]
+    trainers, failed = [trainer, *others], list[DemoError]()
+    lines, exported = list[str](), list[str]()
+    # The files come before the lines: what is printed may have no reader any more.
     if plot:
-        with refusals(f"--plot {plot}"):
-            draw(plot, trainers)
-        print(f"curves: {plot}")
+        try:
+            with refusals(f"--plot {plot}"):
+                draw(plot, trainers)
+            lines = [f"curves: {plot}"]
+        except DemoError as error:
+            failed.append(error)
+    if export:
+        try:
+            exported = [trainer.export(export), f"weights: {export}"]
+        except DemoError as error:
+            failed.append(error)
     accuracies = [each.evaluate(each.data.test)[1] for each in trainers]
     for each, accuracy in zip(trainers, accuracies, strict=True):
         if others:
             epochs = each.epochs_to(0.95)
             when = f"reached in epoch {epochs}" if epochs else "not reached"
-            print(f"{each.name}: 95% validation accuracy {when}; on test {accuracy:.4f}")
-    if export:
-        print(trainer.export(export))
-        print(f"weights: {export}")
-    print(f"test accuracy: {accuracies[0]:.4f}")
+            lines.append(f"{each.name}: 95% validation accuracy {when}; on test {accuracy:.4f}")
+    print(*lines, *exported, f"test accuracy: {accuracies[0]:.4f}", sep="\n")
+    if failed:
+        raise DemoError("; ".join(map(str, failed)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastbn.cli.network import add_config_option, add_network_options, read_network_options
 from fastbn.cli.ranks import add_mpi_options, ranks
-from fastbn.cli.results import add_file_options, check_files, resumable, tell
+from fastbn.cli.results import add_file_options, check_files, resumable, same, tell
 from fastbn.demo import DemoError, watch
 from fastbn.demo.checkpoint import load_checkpoint
 from fastbn.demo.log import NAME
@@ -66,15 +66,18 @@ def _resume(
             f"{saved}: expected --save with another file, or the folder alone:"
             " this one belongs to a run of `fastbn watch`"
         )
+    save = save or saved
     begun: list[Trainer] = []
     if comm and comm.rank:
         plot = save = export = None
     with resumable(lambda: begun[0].saved if begun else saved, plot, export, comm):
         trainer = load_checkpoint(saved, fields)
         begun.append(trainer)
-        check_files(trainer.config, plot, save, export)
+        read = None if not save or same(save, saved) else saved
+        inputs = {"FILE": read, "--config": given.get("config")}
+        check_files(trainer.config, plot, save, export, inputs)
         if comm:
             trainer.join(comm)
-        trainer.run(save or saved)
+        trainer.run(save)
         tell(trainer, plot=plot, export=export)
     return 0

@@ -15,8 +15,9 @@ from fastbn.cli.network import add_config_option, add_network_options, read_netw
 from fastbn.cli.ranks import add_mpi_options, ranks
 from fastbn.cli.results import add_file_options, check_files, resumable, tell
 from fastbn.demo import DemoError
+from fastbn.demo.config import COMPARED, configure
 from fastbn.demo.data import load
-from fastbn.demo.train import COMPARED, DivergedError, Trainer, configure
+from fastbn.demo.train import DivergedError, Trainer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def _train(
     config = configure(fields)
     if comm and comm.rank:
         plot = save = export = None
-    check_files(config, plot, save, export)
+    check_files(config, plot, save, export, {"--config": given.get("config")})
     trainers: list[Trainer] = []
     with resumable(lambda: trainers[0].saved if trainers else None, plot, export, comm):
         data = load(config.data, config.data_dir)

@@ -12,8 +12,8 @@ from typing import Any
 
 from fastbn.cli.network import add_config_option, add_network_options, read_network_options
 from fastbn.cli.results import resumable, tell
+from fastbn.demo.config import configure
 from fastbn.demo.log import NAME
-from fastbn.demo.train import configure
 from fastbn.demo.watch import start
 
 

@@ -14,9 +14,11 @@ def require(module: str, extra: str = "demo") -> Any:
     Raises
     ------
     DemoError
-        If it cannot be imported; the text says what to install.
+        If it cannot be imported; the text says what to install, or what is wrong with it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise DemoError(f'{error}: pip install "fastbn[{extra}]"') from error
+    except Exception as error:  # of its configuration: matplotlib, for one, refuses MPLBACKEND
+        raise DemoError(f"{module} cannot be imported: {' '.join(str(error).split())}") from error

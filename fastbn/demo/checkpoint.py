@@ -11,18 +11,10 @@ import numpy as np
 
 import fastbn
 from fastbn.demo import DemoError, require
+from fastbn.demo.config import Config, configure, option
 from fastbn.demo.data import Data, load
 from fastbn.demo.files import one_line
-from fastbn.demo.train import (
-    CHECKPOINT,
-    METRICS,
-    Config,
-    State,
-    Trainer,
-    configure,
-    layer_sizes,
-    option,
-)
+from fastbn.demo.train import CHECKPOINT, METRICS, State, Trainer, layer_sizes
 
 
 def load_checkpoint(path: Path, given: Mapping[str, Any], data: Data | None = None) -> Trainer:
@@ -88,6 +80,8 @@ def load_checkpoint(path: Path, given: Mapping[str, Any], data: Data | None = No
 
 def merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
     """Raise the epochs of a configuration saved in a file; refuse any other change."""
+    # The one that may change goes through the checks of `Config`; the others are compared.
+    merged = dataclasses.replace(config, epochs=given.get("epochs", config.epochs))
     for name, value in given.items():
         saved = getattr(config, name)
         if value != saved and name != "epochs":
@@ -95,12 +89,13 @@ def merge(config: Config, given: Mapping[str, Any], path: Path) -> Config:
                 f"{option(name)}: cannot change on resuming: expected {saved!r} as in {path},"
                 f" got {value!r}"
             )
-    epochs = given.get("epochs", config.epochs)
-    if epochs < config.epochs:
-        raise DemoError(f"--epochs: expected {config.epochs} as in {path} or more, got {epochs}")
-    if epochs > config.epochs and config.lr_decay == "cosine":
+    if merged.epochs < config.epochs:
+        raise DemoError(
+            f"--epochs: expected {config.epochs} as in {path} or more, got {merged.epochs}"
+        )
+    if merged.epochs > config.epochs and config.lr_decay == "cosine":
         raise DemoError(
             f"--epochs: expected {config.epochs} as in {path}, where --lr-decay cosine ends,"
-            f" got {epochs}"
+            f" got {merged.epochs}"
         )
-    return dataclasses.replace(config, epochs=epochs)
+    return merged

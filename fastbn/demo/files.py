@@ -14,6 +14,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def absolute(path: str) -> str:
+    """Return a path that is right in any folder, or as it is where the system cannot tell it."""
+    try:
+        return str(Path(path).resolve())
+    except (OSError, RuntimeError, ValueError):  # no working directory; links in a circle; a NUL
+        return path
+
+
 @contextmanager
 def refusals(name: object) -> Iterator[None]:
     """Raise an OSError from within as a `DemoError` that begins with a name."""

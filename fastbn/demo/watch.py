@@ -30,14 +30,13 @@ import numpy as np
 
 from fastbn.demo import DemoError, require
 from fastbn.demo.checkpoint import load_checkpoint, merge
-from fastbn.demo.curves import draw
+from fastbn.demo.config import OPTIMIZER, Config
+from fastbn.demo.curves import check_drawing, draw
 from fastbn.demo.data import load
 from fastbn.demo.files import one_line, refusals
 from fastbn.demo.log import NAME, Log, Nudge, write_text
 from fastbn.demo.train import (
     METRICS,
-    OPTIMIZER,
-    Config,
     DivergedError,
     Trainer,
     decayed_lr,
@@ -46,6 +45,9 @@ from fastbn.demo.train import (
 )
 
 COLUMNS = ("epoch", "lr", "momentum", *METRICS, "nudges", "undone")
+# What `write_atomically` leaves in a process that is killed, and what goes with each epoch.
+TEMPORARY = re.compile(r"\.(epoch-\d+|curves|log)\.\w+\.[\da-f.]+\.tmp")
+DELETED = re.compile(rf"epoch-\d{{4,}}\.safetensors|{TEMPORARY.pattern}")
 PATIENCE = 1  # seconds to wait for a folder, as `send` holds it for a moment
 
 
@@ -181,23 +183,24 @@ class Run:
     def renew(self) -> None:
         """Renew the picture and the table of the curves, delete what is not kept."""
         kept = {checkpoint(self.folder, epoch) for epoch in self.log.keep()}
-        for path in {*self.folder.glob("epoch-*.safetensors")} - kept:
-            if re.fullmatch(r"epoch-\d{4,}", path.stem):
-                path.unlink()
         marks: dict[tuple[int, bool], list[str]] = {}
         for epoch, nudge, undone in self.log.marks:
             marks.setdefault((epoch, undone), []).extend(str(nudge).split(", "))
-        draw(
-            self.folder / "curves.png",
-            [self.trainer],
-            lr=self.log.config.lr,
-            marks=[(epoch, "\n".join(t), undone) for (epoch, undone), t in marks.items()],
-            undone=self.log.undone,
-        )
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(self.log.rows)
+        with refusals(self.folder):
+            for path in {*self.folder.iterdir()} - kept:
+                if DELETED.fullmatch(path.name):
+                    path.unlink()
+            draw(
+                self.folder / "curves.png",
+                [self.trainer],
+                lr=self.log.config.lr,
+                marks=[(epoch, "\n".join(t), undone) for (epoch, undone), t in marks.items()],
+                undone=self.log.undone,
+            )
         write_text(self.folder / "curves.csv", text.getvalue())
 
 
@@ -215,11 +218,11 @@ def start(folder: Path, config: Config) -> Trainer:
     run = Run(folder, Log(folder / NAME, config))
     with refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _expect_empty(folder)
-        with _locked(folder / "lock", PATIENCE):
-            _expect_empty(folder)  # another process may have come first
-            run.log.write()
-            run.train()
+    _expect_empty(folder)
+    with _locked(folder / "lock", PATIENCE):
+        _expect_empty(folder)  # another process may have come first
+        run.log.write()
+        run.train()
     return run.trainer
 
 
@@ -241,12 +244,9 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Trainer:
         another configuration is asked for.
     """
     _require_all()
-    with _opened(folder) as run, refusals(folder):
+    with _opened(folder) as run:
         epochs = merge(run.log.config, given, run.log.path).epochs
         if not run.log.ended or run.log.next_epoch <= epochs:
-            for path in folder.glob(".*.tmp"):  # left by write_atomically in a killed process
-                if re.fullmatch(r"\.(epoch-\d+|curves|log)\.\w+\.[\da-f.]+\.tmp", path.name):
-                    path.unlink()
             run.log.add("resume", epochs=epochs)
             run.trainer.config = dataclasses.replace(run.trainer.config, epochs=epochs)
             run.train()
@@ -307,7 +307,7 @@ def send(folder: Path, nudge: Nudge) -> bool:
             trains = False
     except BusyError:
         trains = True
-    with _locked(folder / "nudges.lock"), refusals(folder):
+    with _locked(folder / "nudges.lock"):
         log = Log.read(folder)
         check(nudge, log, folder)
         lines = [line.decode(errors="replace") for line in _nudges(folder)]
@@ -377,12 +377,12 @@ def _expect_empty(folder: Path) -> None:
         done = len(Log.read(folder).standing)
         way = shlex.join(["fastbn", "resume", str(folder)])
         raise DemoError(f"{expected} a run of {done} epochs; `{way}` goes on with it")
-    if any(path.name != "lock" for path in folder.iterdir()):
+    if any(path.name != "lock" and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
         raise DemoError(f"{expected} files")
 
 
 def _require_all() -> None:
-    require("matplotlib")
+    check_drawing()
     require("safetensors", extra="io")
 
 

@@ -73,6 +73,7 @@ cdef class Cache:
         if self.runs is not None:
             group = self.runs[:-1, 0] // (self.outer * self.inner)
             counts = np.bincount(group, np.diff(self.runs[:, 1]), self.groups)
+            counts = counts.astype(np.float64)  # of no runs at all it gives integers
         return merged(self.matrix(MEAN), self.matrix(MEAN_LOW), self.matrix(VAR), counts)
 
     @property

@@ -88,6 +88,7 @@ cdef enum:
     PANEL = 4096
     CHUNKS_PER_THREAD = 8    # chunks of work for each thread, where the shape allows a choice
     COEFFICIENTS = 5         # of a channel: see Table
+    SCRATCH = 1 << 17        # doubles for coefficients and sums of some channels of runs, about
 
 # A block is summed again if sum(x*x) - sum(x)^2/n is below this part of sum(x*x): the mean is then
 # above some 4 standard deviations. Down to there at most 4 of float64's 53 bits are lost.
@@ -101,7 +102,7 @@ cdef Py_ssize_t SEGMENT = TILE // 32
 # A larger result, in bytes, is stored past the cache.
 cdef double PAST_CACHE = max(6e6, 0.3 * caches.last)
 
-cdef struct Panel:         # the channels of a walk over rows, and their rows
+cdef struct Panel:         # some channels; in a walk over rows also their rows
     Py_ssize_t begin
     Py_ssize_t end
     Py_ssize_t start       # position of its first value
@@ -126,7 +127,7 @@ cdef struct Walk:          # of one group of examples
     Py_ssize_t per_tile    # chunks in a tile, where its blocks are summed in several
     Panel panel
     # Scratch memory; see lay_out.
-    Py_ssize_t row         # channels in the table: all, or those of the first panel
+    Py_ssize_t row         # channels in the table, at most
     double* table          # coefficients of each channel; see table_of
     double* shifts         # by which x is shifted in sum(dy * x), one for each channel
     double* lane_shifts    # the same, one for each lane of the panel
@@ -200,6 +201,8 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
         w.lanes = <char*>w.lanes + start * (8 if w.loops.wide else 4)
     else:
         w.blocks = blocks_of_runs(job)
+        columns = SCRATCH // (COEFFICIENTS + 2 * w.blocks)
+        columns = w.row = min(job.channels, max(columns, <Py_ssize_t>LANES))
     w.table = reserve(scratch, COEFFICIENTS * w.row)
     if takes_sums(job):
         w.sums = reserve(scratch, 2 * w.blocks * columns)
@@ -207,11 +210,12 @@ cdef void lay_out(Walk* w, Scratch* scratch) noexcept nogil:
             w.shifts = reserve(scratch, job.channels)
 
 
-cdef inline Table table_of(const Walk* w) noexcept nogil:
-    """Return the rows of the table, which begin with the first channel of the panel."""
+cdef inline Table table_of(const Walk* w, Py_ssize_t first) noexcept nogil:
+    """Return the rows of the table, in which the first channel of the panel has this index."""
     cdef Table table
-    table.center, table.scale, table.shift = w.table, w.table + w.row, w.table + 2 * w.row
-    table.slope, table.level = w.table + 3 * w.row, w.table + 4 * w.row
+    table.center = w.table - first
+    table.scale, table.shift = table.center + w.row, table.center + 2 * w.row
+    table.slope, table.level = table.center + 3 * w.row, table.center + 4 * w.row
     return table
 
 
@@ -300,9 +304,9 @@ cdef int compute(Job* job) noexcept nogil:
     cdef Groups g
     cdef double bytes = <double>job.examples * job.channels * job.inner * job.itemsize
     cdef int threads = threads_for(2 * bytes)
-    cdef Py_ssize_t chunks = 1
+    cdef Py_ssize_t chunks = 1, step, i
     cdef double* scratch
-    cdef Job last
+    cdef Job group
     job.past_cache = past_cache(job, bytes)
     job.residual_past_cache = (
         job.past_cache
@@ -315,12 +319,12 @@ cdef int compute(Job* job) noexcept nogil:
         chunks = min(g.count, <Py_ssize_t>CHUNKS_PER_THREAD * threads)
     g.per_chunk = ceil_div(g.count, chunks)
     chunks = ceil_div(g.count, g.per_chunk)
-    last = job[0]
-    last.valid_count = min(job.valid_count, job.outer * job.inner)
-    g.scratch_size = compute_group(&last, &g.loops, g.threads, NULL)
-    if g.count > 1:
-        last = group_of(job, g.count - 1)  # may be shorter, which lays it out in another way
-        g.scratch_size = max(g.scratch_size, compute_group(&last, &g.loops, g.threads, NULL))
+    g.scratch_size = 0
+    # The last group may be shorter, and behind a mask any, which lays it out in another way.
+    step = 1 if job.runs != NULL else max(1, g.count - 1)
+    for i from 0 <= i < g.count by step:
+        group = group_of(job, i)
+        g.scratch_size = max(g.scratch_size, compute_group(&group, &g.loops, g.threads, NULL))
     scratch = <double*>malloc((chunks * g.scratch_size + 8) * sizeof(double))
     if scratch == NULL:
         return -1

@@ -378,7 +378,7 @@ cdef void walk_rows(Walk* w) noexcept nogil:
         if job.out == NULL:
             continue
         w.loops.spread_table(
-            table_of(w), w.lanes, panel.end - panel.begin, job.inner, panel.wrapped
+            table_of(w, 0), w.lanes, panel.end - panel.begin, job.inner, panel.wrapped
         )
         if job.runs != NULL:
             share_out(chunk_of_valid, w, cut_into_chunks(w, job.outer, 1), w.threads)

@@ -42,7 +42,7 @@ cdef inline double size_of(Block block) noexcept nogil:
 
 cdef inline double* sums_of(Walk* w, Py_ssize_t channel, Py_ssize_t index) noexcept nogil:
     """Return the two sums of a channel's block."""
-    return w.sums + 2 * (channel * w.blocks + index)
+    return w.sums + 2 * ((channel - w.panel.begin) * w.blocks + index)
 
 
 cdef Py_ssize_t choose_tile(Walk* w) noexcept nogil:
@@ -201,7 +201,7 @@ cdef void write_tile(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Write the results of some channels, from the last example to the first."""
     cdef Job* job = w.job
     cdef Py_ssize_t stride = job.channels * job.inner, row, first, size = job.itemsize
-    cdef Table table = table_of(w)
+    cdef Table table = table_of(w, w.panel.begin)
     for row in range(job.outer - 1, -1, -1):
         first = row * stride
         # The first and last cache lines of a segment are shared with its neighbours, so fetch them
@@ -218,8 +218,10 @@ cdef void chunk_of_tiles(void* walk, Py_ssize_t chunk) noexcept nogil:
     """Sum and write some tiles."""
     cdef Walk* w = <Walk*>walk
     cdef Py_ssize_t first = chunk * w.per_chunk, tile, begin, end
-    for tile in range(first, min(first + w.per_chunk, ceil_div(w.job.channels, w.tile))):
-        begin, end = tile * w.tile, min((tile + 1) * w.tile, w.job.channels)
+    cdef Py_ssize_t tiles = ceil_div(w.panel.end - w.panel.begin, w.tile)
+    for tile in range(first, min(first + w.per_chunk, tiles)):
+        begin = w.panel.begin + tile * w.tile
+        end = min(begin + w.tile, w.panel.end)
         sum_tile(w, begin, end, 0, w.blocks)
         finish_runs(w, begin, end)
         if w.job.out != NULL:
@@ -231,31 +233,52 @@ cdef void chunk_of_tiles(void* walk, Py_ssize_t chunk) noexcept nogil:
 cdef void chunk_of_blocks(void* walk, Py_ssize_t chunk) noexcept nogil:
     """Sum some blocks of a tile."""
     cdef Walk* w = <Walk*>walk
-    cdef Py_ssize_t begin = chunk // w.per_tile * w.tile
+    cdef Py_ssize_t begin = w.panel.begin + chunk // w.per_tile * w.tile
     cdef Py_ssize_t first = chunk % w.per_tile * w.per_chunk
     sum_tile(
-        w, begin, min(begin + w.tile, w.job.channels), first, min(first + w.per_chunk, w.blocks)
+        w, begin, min(begin + w.tile, w.panel.end), first, min(first + w.per_chunk, w.blocks)
     )
 
 
 cdef void chunk_of_positions(void* walk, Py_ssize_t chunk) noexcept nogil:
-    """Write some positions."""
+    """Write some positions of the panel."""
     cdef Walk* w = <Walk*>walk
-    cdef Py_ssize_t first = chunk * w.per_chunk
-    cdef Py_ssize_t values = w.job.outer * w.job.channels * w.job.inner
-    w.loops.write_runs(w.job[0], table_of(w), first, min(first + w.per_chunk, values))
+    cdef Py_ssize_t stride = w.job.channels * w.job.inner, first = chunk * w.per_chunk
+    cdef Py_ssize_t segment = (w.panel.end - w.panel.begin) * w.job.inner, row, begin, skipped
+    cdef Py_ssize_t end = min(first + w.per_chunk, w.job.outer * segment)
+    if segment == stride:
+        segment *= w.job.outer  # all values lie together
+    while end > first:
+        row = (end - 1) // segment
+        begin = max(first, row * segment)
+        skipped = row * (stride - segment) + w.panel.begin * w.job.inner
+        w.loops.write_runs(
+            w.job[0], table_of(w, w.panel.begin), begin + skipped, end + skipped
+        )
+        end = begin
     if w.job.past_cache:
         fence()
 
 
 cdef void walk_runs(Walk* w) noexcept nogil:
+    """Sum and write some channels at a time, as many as there is scratch memory for."""
+    cdef Py_ssize_t tile = choose_tile(w)
+    w.panel.end = 0
+    while w.panel.end < w.job.channels:
+        w.panel.begin, w.panel.end = w.panel.end, min(w.panel.end + w.row, w.job.channels)
+        w.tile = tile
+        if w.row < w.job.channels and w.threads > 1:
+            w.tile = min(tile, ceil_div(w.row, 4 * w.threads))
+        walk_panel_of_runs(w)
+
+
+cdef void walk_panel_of_runs(Walk* w) noexcept nogil:
     """Sum and write tile by tile, or first sum blocks and then write, in pieces for threads."""
     cdef Job* job = w.job
-    cdef Py_ssize_t tiles
-    w.tile = choose_tile(w)
-    tiles = ceil_div(job.channels, w.tile)
+    cdef Py_ssize_t channels = w.panel.end - w.panel.begin
+    cdef Py_ssize_t tiles = ceil_div(channels, w.tile)
     if not takes_sums(job):
-        make_coefficients(w, 0, job.channels)
+        make_coefficients(w, w.panel.begin, w.panel.end)
     elif w.threads == 1 or tiles >= 4 * w.threads:
         w.per_chunk = ceil_div(tiles, CHUNKS_PER_THREAD * w.threads) if w.threads > 1 else tiles
         share_out(chunk_of_tiles, w, ceil_div(tiles, w.per_chunk), w.threads)
@@ -264,7 +287,7 @@ cdef void walk_runs(Walk* w) noexcept nogil:
         w.per_chunk = ceil_div(w.blocks, ceil_div(CHUNKS_PER_THREAD * w.threads, tiles))
         w.per_tile = ceil_div(w.blocks, w.per_chunk)
         share_out(chunk_of_blocks, w, tiles * w.per_tile, w.threads)
-        finish_runs(w, 0, job.channels)
+        finish_runs(w, w.panel.begin, w.panel.end)
     if job.out != NULL:
-        tiles = cut_into_chunks(w, job.outer * job.channels * job.inner, 64)  # lines of the cache
+        tiles = cut_into_chunks(w, job.outer * channels * job.inner, 64)  # lines of the cache
         share_out(chunk_of_positions, w, tiles, w.threads)

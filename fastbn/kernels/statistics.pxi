@@ -51,7 +51,7 @@ cdef void finish_moments(Job* job, Py_ssize_t begin, Py_ssize_t end) noexcept no
 cdef void make_affine_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Make center, scale and shift of some channels."""
     cdef Job* job = w.job
-    cdef Table table = table_of(w)
+    cdef Table table = table_of(w, 0)
     cdef Wide eps = fill(job.eps), mean, low, center, scale
     cdef Py_ssize_t c, s, p, at
     cdef int lanes
@@ -80,7 +80,7 @@ cdef void choose_shifts(Walk* w) noexcept nogil:
 cdef void make_gradient_coefficients(Walk* w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Make the coefficients of dx of some channels, and dgamma, so far sum(dy * (x - shift))."""
     cdef Job* job = w.job
-    cdef Table table = table_of(w)
+    cdef Table table = table_of(w, 0)
     cdef Wide eps = fill(job.eps), count = fill(job.count), one = fill(1.0)
     cdef Wide mean, low, rstd, dbeta, dgamma, center, slope, level, residue
     cdef Py_ssize_t c, s, p, at

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -47,15 +47,6 @@ def checked_or_none(check: Callable[[str, Any], Any]) -> Any:
     return Checked(lambda name, value: None if value is None else check(name, value))
 
 
-class Pass(NamedTuple):
-    """What `backward` needs of a forward pass."""
-
-    cache: Cache
-    # With renorm r and d: gamma was multiplied by r, and gamma * d added to beta.
-    correction: tuple[Array, Array] | None = None
-    comm: Communicator | None = None  # with whose ranks the minibatch was shared
-
-
 class Norm(ABC):
     """A layer, all but its `forward`."""
 
@@ -87,7 +78,9 @@ class Norm(ABC):
         self.num_batches_tracked = 0
         self.frozen = False
         self.frozen_params: tuple[str, ...] = ()
-        self._pass: Pass | None = None
+        # What `backward` needs: the cache; with renorm r and d, as gamma was multiplied by r, and
+        # gamma * d added to beta; with whose ranks the minibatch was shared.
+        self._pass: tuple[Cache, tuple[Array, Array] | None, Communicator | None] | None = None
         self._keeps = True  # whether `backward` may follow in evaluation
         self._seen: list[Moments] | None = None  # what update_statistics collects
         self._grad_hooks = HookList()
@@ -203,19 +196,13 @@ class Norm(ABC):
         mask: ArrayLike | None = None,
     ) -> Array:  # fmt: skip
         """Normalise x by the running statistics."""
+        keep = self.training or self._keeps
         y, cache = functional.inference_with_cache(
             x, *constants, self.params.get("gamma"), self.params.get("beta"), self.axis, self.eps,
-            self.activation, residual, mask, self._may_go_back(),
+            self.activation, residual, mask, keep,
         )  # fmt: skip
-        self._keep(cache)
+        self._pass = (cache, None, None) if keep else None
         return y
-
-    def _may_go_back(self) -> bool:
-        return self.training or self._keeps
-
-    def _keep(self, *what: Any) -> None:
-        """Keep what `backward` needs, the values of a `Pass`, if it may follow."""
-        self._pass = Pass(*what) if self._may_go_back() else None
 
     def backward(self, dy: ArrayLike) -> Any:
         """Take the gradient of the loss back through the last `forward`.
@@ -243,7 +230,8 @@ class Norm(ABC):
             gradient; nothing is changed.
         """
         if self._pass is None:
-            why = "" if self._may_go_back() else ", the layer keeps none in eval(backward=False)"
+            keeps = self.training or self._keeps
+            why = "" if keeps else ", the layer keeps none in eval(backward=False)"
             raise RuntimeError(f"backward: there was no forward pass to go back through{why}")
         cache, correction, comm = self._pass
         if comm is None:
@@ -273,9 +261,16 @@ class Norm(ABC):
 
     def _check_grads(self) -> None:
         """Refuse what a user has put into `grads` that cannot take a gradient."""
+        shape = (self.num_features,)
         for name in self.params:
-            if (grad := self.grads.get(name)) is not None:
-                self._check_target(f"grads[{name!r}]", grad)
+            grad = self.grads.get(name)
+            # In most calls this is all; the text alone would cost more.
+            if type(grad) is np.ndarray and grad.dtype.kind == "f" and grad.shape == shape:
+                if grad.flags.writeable:
+                    continue
+            elif grad is None:
+                continue
+            self._check_target(f"grads[{name!r}]", grad)
 
     def register_grad_hook(self, hook: Callable[[Self], object]) -> Handle:
         """Have `hook(layer)` called at the end of each `backward`, after `grads` are filled.

@@ -205,7 +205,8 @@ class BatchNorm(Norm):
         else:
             self._refuse_too_few(x, mask, group)
         correction = None
-        self._check_renorm()
+        if self.renorm is not None:
+            self._check_renorm()
         if self.training and self.renorm is not None and mean is not None and var is not None:
             _, statistics = entry.forward(
                 x, statistics, None, None, self.axis, self.eps, None, residual, mask, None, None,
@@ -214,9 +215,10 @@ class BatchNorm(Norm):
             correction = r, d = self._correction(statistics, mean, var, *self.renorm)
             scale: Any = 1.0 if gamma is None else gamma
             gamma, beta = scale * r, scale * d + (0.0 if beta is None else beta)
+        keep = self.training or self._keeps
         y, cache = entry.forward(
             x, statistics, gamma, beta, self.axis, self.eps, self.activation, residual, mask,
-            group, None, self._may_go_back(),
+            group, None, keep,
         )  # fmt: skip
         if self.training and self._seen is not None:
             if gather is None:
@@ -224,7 +226,8 @@ class BatchNorm(Norm):
         elif self.training and mean is not None and var is not None:
             functional.update_running(cache, mean, var, self._weight())
             self.num_batches_tracked += 1
-        self._keep(cache, correction, None if gather is None else self.comm)
+        comm = None if gather is None else self.comm
+        self._pass = (cache, correction, comm) if keep else None
         return y
 
     def _merged(self, gather: Gather, own: Moments) -> Moments:

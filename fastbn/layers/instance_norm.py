@@ -64,9 +64,10 @@ class InstanceNorm(Norm):
         if x.ndim < 2 or x.size < 2 * self.num_features * max(1, self._examples(x)):
             words = "more than one position per example and channel to take statistics of"
             raise ValueError(f"x: expected {words}, got shape {x.shape}")
+        keep = self.training or self._keeps
         y, cache = entry.forward(
             x, None, self.params.get("gamma"), self.params.get("beta"), self.axis, self.eps,
-            self.activation, residual, None, 1, None, self._may_go_back(),
+            self.activation, residual, None, 1, None, keep,
         )  # fmt: skip
         if self.training and self._seen is None and mean is not None and var is not None:
             self._writeable("running_mean", "running_var")
@@ -77,5 +78,5 @@ class InstanceNorm(Norm):
                 (1 - weight) * var + weight * unbiased,
             )
             self.num_batches_tracked += 1
-        self._keep(cache)
+        self._pass = (cache, None, None) if keep else None
         return y

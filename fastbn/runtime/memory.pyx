@@ -43,26 +43,34 @@ cdef class Block:
         keep(self.memory)
 
 
-cdef void keep(cnp.ndarray memory):
+cdef void count(Py_ssize_t bytes):
+    """Add to what is kept; a Python without a GIL needs this to be one step."""
     global kept
+    with cython.critical_section(waiting):
+        kept += bytes
+
+
+cdef void keep(cnp.ndarray memory):
     cdef list stack = waiting.get(cnp.PyArray_NBYTES(memory))
-    if stack is None:
-        stack = waiting.setdefault(cnp.PyArray_NBYTES(memory), [])
-    kept += cnp.PyArray_NBYTES(memory)
-    stack.append(memory)
+    try:
+        if stack is None:
+            stack = waiting.setdefault(cnp.PyArray_NBYTES(memory), [])
+        stack.append(memory)
+    except MemoryError:
+        return  # then malloc has it back
+    count(cnp.PyArray_NBYTES(memory))
     if kept > limit:
         shrink()
 
 
 cdef cnp.ndarray pop(list stack, Py_ssize_t index):
     """Take memory out of a list, or return None if there is none any more."""
-    global kept
     cdef cnp.ndarray memory
     try:
         memory = stack.pop(index)
     except IndexError:
         return None
-    kept -= cnp.PyArray_NBYTES(memory)
+    count(-cnp.PyArray_NBYTES(memory))
     return memory
 
 

@@ -120,7 +120,8 @@ def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> T
 
 def has_enough(x: Tensor, own: bool, each: bool) -> bool:
     """Whether there are values, and more than one for each statistic of their own."""
-    return x.numel() > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
+    size: int = x.numel()
+    return size > (x.shape[1] * (x.shape[0] if each else 1) if own else 0)
 
 
 def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:

@@ -15,18 +15,20 @@ import importlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fastbn.demo import DemoError, require
-from fastbn.demo.files import check_writable
-from fastbn.demo.train import Config, configure, option
+from fastbn.demo.config import Config, option
+from fastbn.demo.files import check_writable, refusals
 from fastbn.tune import network, report
 from fastbn.tune.rounds import SAMPLERS, Objective, ranked
-from fastbn.tune.search import Result, search, tuned_of
+from fastbn.tune.search import Result, search, told, tuned_of
 from fastbn.tune.show import listed
 from fastbn.tune.space import Scale, tiers_of
+from fastbn.tune.storage import raised_by_objective
 
 OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "trials": (int, "N", "on all machines together (default: 40)"),
@@ -41,8 +43,6 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "out": (Path, "FOLDER", "where the results go (default: tune)"),
 }  # fmt: skip
 FASTBN = (sys.executable, "-m", "fastbn")
-# Tuned where the course tunes it: with momentum, which Adam has no single one of.
-GIVEN = {"optimizer": "momentum"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,32 +56,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
 
 
-def run(words: Sequence[str], *, out: Path = Path("tune"), **given: Any) -> int:
+def run(words: Sequence[str], **given: Any) -> int:
     """Search, write the report, and return the exit status.
 
     Parameters
     ----------
     words : sequence of str
         The command line, to be told after Ctrl-C.
-    out, **given
-        Its options: objective, also, fields of `Config`, arguments of `search`.
+    **given
+        Its options: objective, also, out, fields of `Config`, arguments of `search`.
+
+    Raises
+    ------
+    DemoError
+        If something is wrong that the user can mend. The traceback of an exception of the user's
+        code is printed before.
+    KeyboardInterrupt
+        After Ctrl-C, with how to go on.
     """
     try:
-        _run(out, **given)
-    except (DemoError, OSError) as error:
-        where = "" if isinstance(error, DemoError) else f"--out {out}: "
-        print(f"fastbn tune: error: {where}{error}", file=sys.stderr)
-        print(*getattr(error, "__notes__", ()), sep="", end="", file=sys.stderr)
-        return 2
+        _run(**given)
     except KeyboardInterrupt:
-        print("\ninterrupted: the finished trials are kept; resume with", file=sys.stderr)
-        print(shlex.join([*FASTBN, *words]), file=sys.stderr)
-        return 130
+        again = shlex.join([*FASTBN, *words])
+        text = f"the finished trials are kept; resume with\n{again}"
+        raise KeyboardInterrupt(text) from None
+    except (Exception, SystemExit) as error:
+        known = told(error) if raised_by_objective(error) else error
+        if not isinstance(known, DemoError):
+            raise
+        with suppress(OSError):  # nobody can be told then
+            print(*getattr(known, "__notes__", ()), sep="", end="", file=sys.stderr)
+        raise known from None
     return 0
 
 
 def _run(
-    out: Path, objective: str | None = None, also: Sequence[str] = (), seed: int = 0, **given: Any
+    objective: str | None = None,
+    also: Sequence[str] = (),
+    seed: int = 0,
+    out: Path = Path("tune"),
+    **given: Any,
 ) -> None:
     for module in ("optuna", "rich", "matplotlib"):
         require(module, "tune")
@@ -91,20 +105,23 @@ def _run(
     if objective is not None:
         for name in (*fixed, *(("also",) if also else ())):
             raise DemoError(f"{option(name)}: cannot be used with MODULE:FUNCTION")
-        function, tiers, start = _imported(objective)
+        with chdir("."):  # the module, and the objective, may go elsewhere
+            function, tiers, start = _imported(objective)
     else:
         if seed:
             fixed["seed"] = seed
-        network.networks(configure(fixed))  # what is wrong with them is found out here
-        demo = {**GIVEN, **fixed}
+        demo = {**network.GIVEN, **fixed}
         tiers = network.space_of(demo, also)
         start = network.start_of(demo, [name for tier in tiers for name in tier])
+        network.networks(network.config_of(demo, start))  # what is wrong with them is found out
         function = network.ValidationLoss(demo)
-    out.mkdir(parents=True, exist_ok=True)
+    with refusals(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
     check_writable(out / "best.json", option="--out")
-    given = {"trials": 40, **given, "storage": given.get("storage") or str(out / "journal")}
+    given = {"trials": 40, "storage": str(out / "journal"), **given}
     print(_what_is_tuned(tiers, given["trials"]), flush=True)
-    result = search(function, tiers, start=start, seed=seed, **given)
+    with chdir("."):
+        result = search(function, tiers, start=start, seed=seed, **given)
     _tell(result)
     if objective is None:
         chosen = network.config_of(demo, result.best)
@@ -112,7 +129,7 @@ def _run(
         if "data_dir" not in fixed:
             del best["data_dir"]  # a folder of this machine
         files = report.write(out, result, best, "validation loss")
-        _test({"the chosen": chosen, "the default": configure(fixed)})
+        _test({"the chosen": chosen, "the default": network.default_of(fixed, start)})
         train = shlex.join([*FASTBN, "train", "--config", str(out / "best.json")])
         print(f"train it: {train}")
     else:
@@ -130,10 +147,11 @@ def _imported(text: str) -> tuple[Objective, list[dict[str, Scale]], Any]:
         sys.path.insert(0, here)  # where `fastbn` is a script, the folder one works in is not there
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name + ".").startswith(error.name + "."):
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and (module_name + ".").startswith(missing + "."):
             raise DemoError(f"MODULE:FUNCTION: {error}") from None
-        raise
+        raise told(error, f"MODULE:FUNCTION: {module_name}") from None
     for needed in (name, "space"):
         if not hasattr(module, needed):
             raise DemoError(f"MODULE:FUNCTION: {module_name} has no {needed!r}")
@@ -159,12 +177,18 @@ def _tell(result: Result) -> None:
     best = ranked(result.trials)[0]
     states = [r.state for r in result.trials]
     complete, pruned, failed = (states.count(state) for state in ("complete", "pruned", "failed"))
-    print(f"{len(states)} trials: {complete} complete, {pruned} stopped early, {failed} failed")
+    reasons = ", ".join(dict.fromkeys(r.reason for r in result.trials if r.reason))
+    why = reasons and f" ({reasons})"
+    print(
+        f"{len(states)} trials: {complete} complete, {pruned} stopped early, {failed} failed{why}"
+    )
     print(f"best: {result.value:.4g}, trial {best.number} of round {best.round}")
     print(f"  {listed(result.best)}")
     measured = result.importances
     if measured:
         print("importance (share of the order of the trials, by tier):")
+    else:
+        print("importance: cannot be told from these trials")
     for index, tier in enumerate(result.tiers, 1):
         if text := ", ".join(f"{n} {measured[n]:.2f}" for n in tier if n in measured):
             print(f"  {index}. {text}")

@@ -11,8 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from fastbn.demo import DemoError
+from fastbn.demo.config import OPTIMIZER, Config, configure
 from fastbn.demo.data import load
-from fastbn.demo.train import OPTIMIZER, Config, DivergedError, Trainer, configure, one_blas_thread
+from fastbn.demo.train import DivergedError, Trainer, one_blas_thread
 from fastbn.tune.space import Params, Scale, choice, integer, log_uniform, one_minus_log_uniform
 from fastbn.tune.space import uniform as even
 
@@ -25,6 +26,9 @@ OF_ADAM = {
     "beta2": one_minus_log_uniform(0.9, 0.9999),
     "eps": log_uniform(1e-9, 1e-3),
 }
+
+# Tuned where the course tunes it: with momentum, which Adam has no single one of.
+GIVEN = {"optimizer": "momentum"}
 
 _data = lru_cache(maxsize=1)(load)
 
@@ -52,7 +56,7 @@ def space_of(given: Mapping[str, Any], also: Collection[str]) -> list[dict[str, 
             expected = f"{', '.join(possible) or 'nothing'} with --optimizer {config.optimizer}"
             raise DemoError(f"--also: expected {expected}, got {name}")
     mlp = config.model == "mlp"
-    batches = [n for n in (16, 32, 64, 128) if n <= len(data_of(config).train[0])]
+    batches = _batch_sizes(config)
     decays = {
         "inverse": log_uniform(0.1, 10),
         "exponential": one_minus_log_uniform(0.7, 0.99),
@@ -63,7 +67,7 @@ def space_of(given: Mapping[str, Any], also: Collection[str]) -> list[dict[str, 
         {
             "momentum": one_minus_log_uniform(0.9, 0.999) if "momentum" in used else None,
             "units": integer(32, 512) if mlp else integer(4, 32),
-            "batch_size": choice(*batches),
+            "batch_size": choice(*batches) if batches else None,
         },
         {"layers": integer(1, 4 if mlp else 3), "decay_rate": decays.get(config.lr_decay)},
         {name: scale for name, scale in OF_ADAM.items() if name in also},
@@ -75,11 +79,24 @@ def space_of(given: Mapping[str, Any], also: Collection[str]) -> list[dict[str, 
     return [tier for tier in left if tier]
 
 
+def _batch_sizes(config: Config) -> list[int]:
+    return [n for n in (16, 32, 64, 128) if n <= len(data_of(config).train[0])]
+
+
 def start_of(given: Mapping[str, Any], names: Collection[str]) -> Params:
     """Return the default values of the hyper-parameters to tune."""
     config = configure(given)
     values = {**vars(config), "units": config.hidden[0], "layers": len(config.hidden)}
+    if "batch_size" in names:  # the default is too large for few examples
+        values["batch_size"] = min(config.batch_size, _batch_sizes(config)[-1])
     return {name: values[name] for name in names}
+
+
+def default_of(fixed: Mapping[str, Any], start: Params) -> Config:
+    """Return what ``fastbn train`` would train with the same options."""
+    sizes = {name: start[name] for name in ("batch_size",) if name in start}
+    given = {**GIVEN, **fixed} if "momentum" in fixed else fixed
+    return configure({**given, **sizes})
 
 
 def config_of(given: Mapping[str, Any], params: Params) -> Config:

@@ -15,7 +15,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import GeneratorType
@@ -25,6 +25,7 @@ import numpy as np
 
 from fastbn.demo import DemoError, require
 from fastbn.tune.space import Params, Scale
+from fastbn.tune.storage import BLAME, POLL, SLOW, log, told_if_slow
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -35,7 +36,6 @@ Objective: TypeAlias = Callable[[Params], Any]
 Box: TypeAlias = Mapping[str, Scale]
 
 SAMPLERS = ("random", "tpe", "cmaes")
-POLL = 0.3  # seconds between two looks at the storage
 BEAT = 10.0  # seconds between two signs of life of a running trial
 GRACE = 60.0  # seconds without one after which its worker counts as dead
 ATTEMPTS = 3  # a trial is given up after so many of its workers have died
@@ -98,6 +98,8 @@ class Record:
         Who ran it.
     attempts : int
         How often it was begun, 0 while waiting for the first time.
+    reason : str
+        What ended the last of its workers, if it failed.
     """
 
     number: int
@@ -109,6 +111,7 @@ class Record:
     seconds: float | None = None
     worker: str = ""
     attempts: int = 0
+    reason: str = ""
 
     @property
     def finished(self) -> bool:
@@ -157,8 +160,9 @@ class Round:
         except self.optuna.exceptions.DuplicatedStudyError:
             self.study = self.optuna.load_study(storage=self.storage, study_name=name)
             end = time.monotonic() + GRACE
-            while "plan" not in self.study.user_attrs and time.monotonic() < end:
-                time.sleep(POLL)  # its creator is about to write it
+            with told_if_slow(f"the plan of {name!r}: at most {GRACE:.0f} s for who has begun it"):
+                while "plan" not in self.study.user_attrs and time.monotonic() < end:
+                    time.sleep(POLL)
         about = self.plan.about()
         if "plan" not in self.study.user_attrs:
             self.study.set_user_attr("plan", about)
@@ -209,13 +213,16 @@ class Round:
         state = trial.state.name.lower() if trial else "failed"
         if trial is None and not _given_up(failed):
             return Record(number, self.index + 1, "waiting", attempts=attempts)
+        lost = [f.user_attrs["lost"] for f in failed if "lost" in f.user_attrs]
+        reason = "" if trial else lost[-1]
         trial = trial or failed[-1]
         drawn = {n: s.decode(trial.params[s.key(n)]) for n, s in self.box.items()
                  if s.key(n) in trial.params}  # fmt: skip
         steps = [value for _, value in sorted(trial.intermediate_values.items())]
         seconds = trial.duration.total_seconds() if trial.duration else None
         return Record(number, self.index + 1, state, {**self.plan.held, **drawn}, trial.value,
-                      steps, seconds, trial.user_attrs.get("worker", ""), attempts)  # fmt: skip
+                      steps, seconds, trial.user_attrs.get("worker", ""), attempts,
+                      reason)  # fmt: skip
 
     def claim(self, worker: str) -> Trial | None:
         """Take an open slot, if there is one."""
@@ -230,7 +237,7 @@ class Round:
             number = choose(empty)
             content = self._encoded(self.plan.start if number == 0 else {})
             for before in slots[number][1]:
-                if before.params:
+                if len(before.params) == len(self.box):  # else they are drawn again, all of them
                     content = {"params": before.params, "distributions": before.distributions}
             content["user_attrs"] = {"slot": number, "worker": worker}
             template = self.optuna.create_trial(state=self.states.RUNNING, **content)
@@ -239,7 +246,7 @@ class Round:
             if counts is not None and counts._trial_id == mine:
                 self.study.sampler = self._sampler(number)
                 return self.optuna.trial.Trial(self.study, mine)
-            self._fail(mine, "dropped")  # another worker was faster
+            self._fail(mine, "dropped", True)  # another worker was faster
             choose = random.choice  # so that many workers do not all want the next one
 
     def _sampler(self, number: int) -> BaseSampler:
@@ -256,37 +263,28 @@ class Round:
         return samplers.CmaEsSampler(seed=seed, **options)
 
     def run(self, trial: Trial, tick: Callable[[], object]) -> None:
-        """Run the objective of a claimed trial; a tick follows each value that it yields.
-
-        If it raises, or the worker is told to end, another worker may have the trial.
-        """
-        try:
+        """Run the objective of a claimed trial; a tick follows each value that it yields."""
+        # If it has finished, this worker counted as dead, and the trial is another's.
+        with suppress(self.optuna.exceptions.UpdateFinishedTrialError):
             with self._alive(trial):
                 params = {n: scale.suggest(trial, n) for n, scale in self.box.items()}
                 value = self._follow(trial, {**self.plan.held, **params}, tick)
             state = self.states.PRUNED if value is None else self.states.COMPLETE
             self.study.tell(trial, value, state, skip_if_finished=True)
-        except self.optuna.exceptions.UpdateFinishedTrialError:
-            pass  # this worker counted as dead: the trial is another's
-        except BaseException:
-            self._fail(trial._trial_id, "released")
-            raise
 
     def _follow(self, trial: Trial, params: Params, tick: Callable[[], object]) -> float | None:
         """Return the objective's value, None if it was stopped because it is hopeless."""
-        steps = self.plan.objective(params)
-        if not isinstance(steps, GeneratorType):
-            return _number(steps)
+        with _blamed(params):
+            steps = self.plan.objective(params)
+            if not isinstance(steps, GeneratorType):
+                return _number(steps)
         value: float | None = None
-        with closing(steps):
-            for step, yielded in enumerate(steps, 1):
-                value = _number(yielded)
+        with closing(_numbers(steps, params)) as numbers:
+            for step, value in enumerate(numbers, 1):
                 trial.report(value, step)
                 tick()
                 if self.plan.prune and self._hopeless(trial, step):
                     return None
-        if value is None:
-            raise ValueError("objective: expected at least one yield, got none")
         return value
 
     def _hopeless(self, trial: Trial, step: int) -> bool:
@@ -322,22 +320,26 @@ class Round:
             done.set()
             thread.join()  # it may hold a lock on the storage
 
-    def _fail(self, trial_id: int, why: str) -> None:
+    def _fail(self, trial_id: int, note: str, value: str | bool) -> None:
         """Set a running trial to failed, which opens its slot again.
 
-        Why is "released", "lost" (its worker died) or "dropped" (another trial has the slot).
+        The note is "released", "lost" (what ended its worker) or "dropped" (another trial has the
+        slot).
         """
         with suppress(self.optuna.exceptions.UpdateFinishedTrialError):
-            self.storage.set_trial_user_attr(trial_id, why, True)
+            self.storage.set_trial_user_attr(trial_id, note, value)
             self.storage.set_trial_state_values(trial_id, self.states.FAIL)
 
-    def release(self, worker: str, why: str = "released") -> bool:
-        """Open the slot that a worker has taken, and return whether it ever took one."""
+    def release(self, worker: str, lost: str = "") -> bool:
+        """Open the slot that a worker has taken, and return whether it ever took one.
+
+        What has ended the worker counts against its trial.
+        """
         trials = self.study.get_trials(deepcopy=False)
         claimed = [trial for trial in trials if trial.user_attrs.get("worker") == worker]
         for trial in claimed:
             if trial.state == self.states.RUNNING:
-                self._fail(trial._trial_id, why)
+                self._fail(trial._trial_id, "lost" if lost else "released", lost or True)
         return bool(claimed)
 
     def tend(self) -> None:
@@ -353,7 +355,7 @@ class Round:
             waited = waited + min(now - at, 1.0) if beat == last else 0.0
             self._beats[trial._trial_id] = beat, now, waited
             if waited >= GRACE:
-                self._fail(trial._trial_id, "lost")
+                self._fail(trial._trial_id, "lost", f"no sign of life for {GRACE:.0f} s")
 
 
 class Search:
@@ -362,6 +364,7 @@ class Search:
     def __init__(self, plan: Plan, storage: BaseStorage) -> None:
         self.plan, self.storage = plan, storage
         self.rounds: list[Round] = []
+        self._idle_since: float | None = None
 
     def current(self) -> Round | None:
         """Return the first round that is not over, None at the end of the search."""
@@ -376,6 +379,27 @@ class Search:
     def records(self) -> list[Record]:
         """Return the trials of all rounds as they are now."""
         return [record for each in self.rounds for record in each.records()]
+
+    def count(self, *states: str) -> int:
+        """Return how many trials have one of these states."""
+        return sum(record.state in states for record in self.records())
+
+    def release(self, worker: str, lost: str = "") -> bool:
+        """Do so in all rounds."""
+        return sum(each.release(worker, lost) for each in self.rounds) > 0
+
+    def tell_waiting(self, here: str) -> None:
+        """Say so once, if workers of other names have all that is left to do for a while."""
+        left = [record for record in self.records() if not record.finished]
+        if not left or any(r.state == "waiting" or r.worker.startswith(here) for r in left):
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = time.monotonic()
+        elif time.monotonic() - self._idle_since > SLOW:
+            self._idle_since = math.inf
+            which = ", ".join(f"{record.number} of {record.worker}" for record in left)
+            dead = f"a worker that gives no sign of life for {GRACE:.0f} s counts as dead"
+            log.warning("waiting for trial %s; %s", which, dead)
 
     def work(self, worker: str, tick: Callable[[], object] = lambda: None) -> None:
         """Run trials until there is nothing left to do."""
@@ -398,6 +422,26 @@ def rungs(length: int) -> tuple[int, ...]:
 
 def _given_up(failed: Sequence[FrozenTrial]) -> bool:
     return sum("lost" in trial.user_attrs for trial in failed) >= ATTEMPTS
+
+
+@contextmanager
+def _blamed(params: Params) -> Iterator[None]:
+    """Note on what the objective raises that it did, and with which hyper-parameters."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"{BLAME} with {params}")
+        raise
+
+
+def _numbers(steps: Generator[Any, None, None], params: Params) -> Generator[float, None, None]:
+    """Yield what an objective yields, and close it in the end."""
+    with _blamed(params), closing(steps):
+        value = None
+        for value in map(_number, steps):
+            yield value
+        if value is None:
+            raise ValueError("objective: expected at least one yield, got none")
 
 
 def _number(value: Any) -> float:

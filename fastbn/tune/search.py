@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -11,33 +10,32 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import fastbn
 from fastbn.demo import DemoError, require
 from fastbn.demo.files import one_line
-from fastbn.tune.rounds import ATTEMPTS, POLL, SAMPLERS, Objective, Plan, Record, Search, ranked
+from fastbn.tune.importances import importances
+from fastbn.tune.rounds import ATTEMPTS, SAMPLERS, Objective, Plan, Record, Search, ranked
 from fastbn.tune.show import show
 from fastbn.tune.space import Params, Scale, Space, Value, tiers_of
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
+from fastbn.tune.storage import POLL, absolute, opened, raised_by_objective
 
 # A tier is tuned if there are this many trials for each hyper-parameter up to and with it.
 TRIALS_EACH = 6
 THREADS = ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 SECONDS_TO_END = 10  # for a worker that is told to end
+TERMINATED = 128 + signal.SIGTERM  # its exit status then, as a shell has it; text would be printed
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,18 @@ class Result:
     boxes : list of dict
         The part of the space that each round searched; without what was held.
     importances : dict
-        How much of the order of the trials each tuned hyper-parameter explains. This is a
-        functional analysis of variance over the ranks of the values: over the values themselves, a
-        few trials that diverged would explain everything. Trials that were stopped count with their
-        last value. The shares add up to 1. The dict is empty where all values are the same.
+        How much of the order of the trials each tuned hyper-parameter explains by itself, over the
+        whole space. Boosted trees learn the ranks of the values from the positions on the scales.
+        The share is the variance of their mean over the other hyper-parameters; the shares add up
+        to 1. Ranks, because a few trials that diverged would explain all of the values' variance.
+        Trials that were stopped count with their last value. The dict is empty where importances
+        cannot be told: from fewer than 10 trials, or where the trees foretell the rank of a trial
+        that they have not seen no better than the mean does.
 
     References
     ----------
-    Hutter, Hoos, Leyton-Brown, An efficient approach for assessing hyperparameter importance,
-    ICML 2014.
+    Friedman, Greedy function approximation: a gradient boosting machine, Annals of Statistics 29,
+    2001. Sobol, Sensitivity estimates for nonlinear mathematical models, MMCE 1, 1993.
     """
 
     best: Params
@@ -76,23 +77,7 @@ class Result:
 
     @cached_property
     def importances(self) -> dict[str, float]:  # noqa: D102
-        optuna = require("optuna", "tune")
-        scales = self.boxes[0]
-        seen = [record for record in self.trials if record.value is not None]
-        order = sorted({record.sort_value for record in seen})
-        if len(order) < 2:
-            return {}
-        with _quiet():
-            warnings.simplefilter("ignore")  # it warns of trees with few trials
-            study = optuna.create_study()
-            kinds = {name: scale.distribution() for name, scale in scales.items()}
-            for record in seen:
-                rank = float(order.index(record.sort_value))
-                params = {name: scale.encode(record.params[name]) for name, scale in scales.items()}
-                study.add_trial(optuna.create_trial(value=rank, params=params, distributions=kinds))
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        return {name: float(found.get(name, 0.0)) for name in scales}
+        return importances(self.trials, self.boxes)
 
 
 def search(
@@ -164,8 +149,13 @@ def search(
 
     Notes
     -----
-    An exception in the objective ends the search; its trial waits again. A trial whose worker dies
-    is given to another one, three times at most.
+    An exception in the objective ends the search; its trial waits again. A note on it tells the
+    hyper-parameters. A trial whose worker dies, or ends by ``sys.exit``, is given to another one.
+    After the third it is given up, and the search goes on. If three are given up and none has ended
+    well, it ends with what has ended the workers.
+
+    What it waits for, and what is left out of a journal that was cut off, goes to the logger
+    "fastbn.tune".
 
     References
     ----------
@@ -194,6 +184,9 @@ def search(
         raise DemoError(f"rounds: expected an integer from 1 to {trials} trials, got {rounds!r}")
     if not callable(objective):
         raise TypeError(f"objective: expected a function, got {objective!r}")
+    for name, text in (("study", study), ("storage", "journal" if storage is None else storage)):
+        if not isinstance(text, str) or not text:
+            raise DemoError(f"{name}: expected a name, got {text!r}")
     if start is not None and start.keys() != scales.keys():
         got = ", ".join(start) or "nothing"
         raise DemoError(f"start: expected {', '.join(scales)}, got {got}")
@@ -204,27 +197,56 @@ def search(
     tuned = tuned_of(tiers, trials)
     held = {n: start[n] if start else s.at(0.5) for n, s in scales.items() if n not in tuned}
     plan = Plan(objective, tuned, held, start, trials, rounds, sampler, prune, seed, study)
+    here = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"  # different at every start
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        if storage is None and workers > 1:
+        if storage is not None:
+            storage = absolute(storage)
+        elif workers > 1:
             storage = str(Path(stack.enter_context(tempfile.TemporaryDirectory()), "journal"))
         process = Search(plan, stack.enter_context(opened(storage)))
         tell = stack.enter_context(show(trials)) if progress else None
 
         def tick() -> None:
+            process.tell_waiting(here)
             if tell:
                 tell(process.records())
 
         if workers == 1:
-            process.work(f"{_here()}-0", tick)
+            with _released(process, [f"{here}-0"]):
+                process.work(f"{here}-0", tick)
         else:
-            _supervise(process, storage, workers, tick)
+            _supervise(process, storage, workers, here, tick)
         records = process.records()
     best = next(iter(ranked(records)), None)
     if not best:
-        raise DemoError(f"objective: expected a finite number, got none in {trials} trials")
+        raise _no_value(records)
     boxes = [each.box for each in process.rounds]
     return Result(best.params, best.sort_value, records, tiers, boxes)
+
+
+def _no_value(records: Sequence[Record]) -> DemoError:
+    """Return why a search has no result."""
+    failed = [record for record in records if record.state == "failed"]
+    if not failed:
+        expected = "objective: expected a finite number, got none"
+        return DemoError(f"{expected} in {len(records)} trials")
+    reasons = ", ".join(dict.fromkeys(record.reason for record in failed))
+    given_up = f"objective: trials given up: {len(failed)}"
+    ended = f"each after {ATTEMPTS} of its workers were ended, at last by {reasons}"
+    return DemoError(f"{given_up}, {ended}; no other gave a finite number")
+
+
+@contextmanager
+def _released(search: Search, workers: Collection[str]) -> Iterator[None]:
+    """Let the trials of workers wait again, if they are interrupted."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # of the storage: what has happened first is told
+            for worker in workers:
+                search.release(worker)
+        raise
 
 
 def tuned_of(tiers: list[dict[str, Scale]], trials: int) -> dict[str, Scale]:
@@ -251,83 +273,65 @@ def _quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-@contextmanager
-def opened(url: str | None) -> Iterator[BaseStorage]:
-    """Open a storage, and close it in the end."""
-    with ExitStack() as stack:
-        try:
-            storage = _open(url, stack)
-        except DemoError:
-            raise
-        except Exception as error:  # each kind of storage has its own errors
-            why = (str(error).splitlines() or [type(error).__name__])[0]  # the SQL stands below
-            raise DemoError(f"storage: {url}: cannot be used: {why}") from error
-        yield storage
+def told(error: BaseException, who: str = "worker") -> DemoError:
+    """Return an exception of the user's code in one line, with its traceback as a note."""
+    if raised_by_objective(error):
+        who = "objective"
+    tb = error.__traceback__
+    while tb and who != "worker" and _leads_there(tb.tb_frame.f_code.co_filename):
+        tb = tb.tb_next
+    whole = traceback.TracebackException(type(error), error, tb)  # whatever its __str__ does
+    text = " ".join(str(whole).split())
+    if not text.startswith("objective: "):
+        text = ": ".join(filter(None, (who, type(error).__name__, text)))
+    result = DemoError(text)
+    if tb or isinstance(error, SyntaxError):  # which tells its line by itself
+        result.add_note("".join(whole.format()))
+    return result
 
 
-def _open(url: str | None, stack: ExitStack) -> BaseStorage:
-    storages = require("optuna", "tune").storages
-    if url is None:
-        return storages.InMemoryStorage()
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        Path(url).resolve().parent.mkdir(parents=True, exist_ok=True)
-        # Symbolic links, Optuna's own choice, need a privilege on Windows.
-        lock = storages.journal.JournalFileOpenLock(url)
-        return storages.JournalStorage(storages.journal.JournalFileBackend(url, lock))
-    if scheme == "grpc":
-        require("grpc", "servers")
-        host, _, port = rest.rpartition(":")
-        if not host or not port.isdecimal():
-            raise DemoError(f"storage: expected grpc://HOST:PORT, got {url}")
-        proxy = storages.GrpcStorageProxy(host=host, port=int(port))
-        proxy.wait_server_ready(timeout=10)
-        stack.callback(proxy.close)
-        return proxy
-    if scheme == "postgresql":
-        require("psycopg", "servers")
-        url = f"postgresql+psycopg://{rest}"  # SQLAlchemy's default driver has changed once
-    options = {"connect_args": {"timeout": 60}} if scheme.startswith("sqlite") else {}
-    for attempt in itertools.count(1):
-        try:
-            database = storages.RDBStorage(url, engine_kwargs=options)
-            break
-        except Exception as error:
-            # Two that open a new database at once disagree on who creates the tables.
-            if attempt == 5 or isinstance(error, ImportError):
-                raise
-            time.sleep(POLL)
-    stack.callback(database.engine.dispose)
-    return storages.get_storage(database)
+def _leads_there(file: str) -> bool:
+    return Path(file).parent == Path(__file__).parent or "importlib" in file
 
 
-def _here() -> str:
-    """Return a name for this process, different on every machine and at every start."""
-    return f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
-
-
-def _work(plan: Plan, url: str | None, name: str, failure: Connection) -> None:
-    """Be a worker."""
+def _work(plan: Plan, url: str | None, name: str, messages: Connection) -> None:
+    """Be a worker; send what ended it, and whether that ends the search."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, and ends us
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it ends its trial in order
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # the objective ends in order
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         with _quiet(), opened(url) as storage:
-            Search(plan, storage).work(name)
-    except DemoError as error:
-        failure.send((str(error), ""))
-    except Exception as error:
-        text = f"objective: {type(error).__name__}: {one_line(error)}"
-        failure.send((text, traceback.format_exc()))
+            search = Search(plan, storage)
+            try:
+                search.work(name)
+            except BaseException:
+                if not _parent().is_alive():
+                    search.release(name)
+                raise
+    except BaseException as error:
+        ours = isinstance(error, DemoError) and not raised_by_objective(error)
+        why = error if ours else told(error)
+        if isinstance(error, SystemExit) and error.code == TERMINATED:
+            why = DemoError("worker: SIGTERM")
+        trace = "".join(getattr(why, "__notes__", ()))
+        with suppress(OSError):  # the parent is dead
+            messages.send((isinstance(error, Exception), str(why), trace))
+
+
+def _parent() -> BaseProcess:
+    process = multiprocessing.parent_process()
+    assert process  # this is a worker
+    return process
 
 
 def _end_with_the_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+    _parent().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[], object]) -> None:
+def _supervise(
+    search: Search, url: str | None, workers: int, here: str, tick: Callable[[], object]
+) -> None:
     """Start workers, replace those that die, until the search is over."""
     try:
         pickle.dumps(search.plan)
@@ -335,51 +339,79 @@ def _supervise(search: Search, url: str | None, workers: int, tick: Callable[[],
         expected = f"expected a function of a module, for {workers} workers"
         raise DemoError(f"objective: {expected}: {one_line(error)}") from error
     context = multiprocessing.get_context("spawn")
-    here, started, idle_deaths = _here(), itertools.count(), 0
+    names: list[str] = []
     alive: dict[Connection, SpawnProcess] = {}
-    try:
+    idle_deaths = 0
+    search.current()
+    given_up = search.count("failed")
+    with _released(search, names), _ended(alive):
         while current := search.current():
             while len(alive) < workers:
-                name = f"{here}-{next(started)}"
-                failure, sender = context.Pipe(duplex=False)
-                plan = (search.plan, url, name, sender)
-                process = context.Process(target=_work, args=plan, name=name)
+                names.append(f"{here}-{len(names)}")
+                messages, sender = context.Pipe(duplex=False)
+                arguments = (search.plan, url, names[-1], sender)
+                process = context.Process(target=_work, args=arguments, name=names[-1])
                 with _divided(workers), sender:
                     process.start()
-                alive[failure] = process
+                alive[messages] = process
             tick()
             ready = wait(list(alive), timeout=POLL)
             current.tend()
             # A child of a dead worker may hold its pipe open, so that the pipe is never ready.
-            for failure in [f for f in alive if f in ready or not alive[f].is_alive()]:
-                process = alive.pop(failure)
-                with failure, suppress(EOFError, OSError):
-                    if failure.poll():  # a worker that was killed or is done sends nothing
-                        text, trace = failure.recv()
-                        told = DemoError(text)
-                        told.add_note(trace)
-                        raise told
-                process.join()
-                worked = [each.release(process.name, "lost") for each in search.rounds]
-                idle_deaths = 0 if any(worked) or process.exitcode == 0 else idle_deaths + 1
+            for messages in [m for m in alive if m in ready or not alive[m].is_alive()]:
+                final, text, trace = False, "", ""
+                with suppress(EOFError, OSError):
+                    if messages.poll():  # a worker that was killed or is done sends nothing
+                        final, text, trace = messages.recv()
+                if final:
+                    failure = DemoError(text)
+                    failure.add_note(trace)
+                    raise failure
+                process = alive.pop(messages)
+                messages.close()
+                _end(process)
+                reason = text.partition(": ")[2] or _reason(process.exitcode)
+                if search.release(process.name, reason) or reason == _reason(0):
+                    idle_deaths = 0
+                else:
+                    idle_deaths += 1
                 if idle_deaths == ATTEMPTS:
-                    ended = f"{ATTEMPTS} ended before their first trial, the last with exit code"
+                    ended = f"{ATTEMPTS} ended before their first trial, the last with {reason}"
                     guard = 'started from a file, under `if __name__ == "__main__":`?'
-                    raise DemoError(f"workers: {ended} {process.exitcode}; is the search {guard}")
+                    raise DemoError(f"workers: {ended}; is the search {guard}")
+                lost = search.count("failed") - given_up
+                if lost >= ATTEMPTS and not search.count("complete", "pruned"):
+                    raise _no_value(search.records())
         tick()
+
+
+def _reason(code: int | None) -> str:
+    """Return what ended a process, by its exit code."""
+    with suppress(ValueError):
+        return signal.Signals(-(code or 0)).name
+    return f"signal {-code}" if code and code < 0 else f"exit code {code}"
+
+
+def _end(process: SpawnProcess) -> None:
+    """Let a process end, but not for ever: it may have threads."""
+    process.join(SECONDS_TO_END)
+    process.kill()
+    process.join()
+
+
+@contextmanager
+def _ended(processes: Mapping[Connection, SpawnProcess]) -> Iterator[None]:
+    """End processes in the end, at once after an error."""
+    try:
+        yield
     except BaseException:
-        for process in alive.values():
+        for process in processes.values():
             process.terminate()
-        for process in alive.values():
-            process.join(SECONDS_TO_END)
-            process.kill()
-            for each in search.rounds:
-                each.release(process.name)
         raise
     finally:
-        for failure, process in alive.items():
-            process.join()
-            failure.close()
+        for messages, process in processes.items():
+            _end(process)
+            messages.close()
 
 
 @contextmanager

@@ -73,7 +73,8 @@ def _table(records: Sequence[Record], title: str) -> Any:
 def line(record: Record) -> str:
     """Return a finished trial as a line."""
     value = "" if record.value is None else f"  {record.value:.4g}"
-    head = f"trial {record.number}  round {record.round}  {record.state}"
+    why = record.reason and f", {record.reason}"
+    head = f"trial {record.number}  round {record.round}  {record.state}{why}"
     return f"{head}{value}  {listed(record.params)}"
 
 

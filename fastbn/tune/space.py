@@ -46,6 +46,14 @@ class Scale(ABC):
         """Return the part of this scale around some values; box is the part they were drawn in."""
 
     @abstractmethod
+    def width(self, box: Any) -> float:
+        """Return which share of this scale a part of it is."""
+
+    def middle(self, value: Any) -> float:
+        """Return the middle of the positions that have a value."""
+        return self.position(value)
+
+    @abstractmethod
     def __contains__(self, value: object) -> bool: ...
 
     # Optuna has its own name of the hyper-parameter, its own value, and a distribution of them.
@@ -112,8 +120,11 @@ class Uniform(Scale):
         position = float((self.forth(value) - start) / (end - start))
         return min(max(position, 0.0), 1.0)
 
+    def width(self, box: Uniform) -> float:
+        return self.position(box.high) - self.position(box.low)
+
     def zoom(self, values: Iterable[float], box: Uniform) -> Uniform:
-        values, margin = list(values), MARGIN * (self.position(box.high) - self.position(box.low))
+        values, margin = list(values), MARGIN * self.width(box)
         low, high = min(values), max(values)
         below = self.at(max(self.position(low) - margin, 0))
         above = self.at(min(self.position(high) + margin, 1))
@@ -191,6 +202,12 @@ class Integer(Scale):
     def position(self, value: int) -> float:
         return min(max((value - self.low) / (self.high - self.low or 1), 0.0), 1.0)
 
+    def width(self, box: Integer) -> float:
+        return (box.high - box.low + 1) / (self.high - self.low + 1)
+
+    def middle(self, value: int) -> float:
+        return (value - self.low + 0.5) / (self.high - self.low + 1)
+
     def zoom(self, values: Iterable[int], box: Integer) -> Integer:
         values, margin = list(values), MARGIN * (box.high - box.low + 1)
         low, high = math.ceil(min(values) - margin), math.floor(max(values) + margin)
@@ -221,6 +238,12 @@ class Choice(Scale):
 
     def position(self, value: Value) -> float:
         return self.options.index(value) / (len(self.options) - 1 or 1)
+
+    def width(self, box: Choice) -> float:
+        return len(box.options) / len(self.options)
+
+    def middle(self, value: Value) -> float:
+        return (self.options.index(value) + 0.5) / len(self.options)
 
     def ticks(self) -> list[Value]:
         return list(self.options)
