@@ -38,7 +38,8 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef enum:
     CPU = 1       # DLPack's number of the device
-    FLOAT = 2     # and of kinds of types
+    INTEGER = 0   # and of kinds of types
+    FLOAT = 2
     BFLOAT = 4
     DIMENSIONS = 32
 
@@ -72,7 +73,7 @@ cpdef cnp.ndarray array_of(tensor):
     if exchange.view(<void*>tensor, &found):
         PyErr_Clear()
         return None
-    if found.device != CPU or found.ndim > DIMENSIONS or tensor.is_neg():
+    if found.device != CPU or found.ndim > DIMENSIONS:
         return None
     if found.code == FLOAT and found.bits == 32:
         number = cnp.NPY_FLOAT32
@@ -91,7 +92,24 @@ cpdef cnp.ndarray array_of(tensor):
         <char*>found.data + found.offset, cnp.NPY_ARRAY_WRITEABLE, NULL,
     )
     cnp.set_array_base(array, tensor)
+    # Views of complex numbers may stand for the negative of their memory. They have gaps.
+    if not cnp.PyArray_IS_C_CONTIGUOUS(array) and tensor.is_neg():
+        return None
     return array
+
+
+def count_up(tensor):
+    """Add 1 to an integer in a tensor; return whether that could be done here."""
+    cdef FastbnTensor found
+    if exchange is NULL or type(tensor) is not tensor_type:
+        return False
+    if exchange.view(<void*>tensor, &found):
+        PyErr_Clear()
+        return False
+    if found.device != CPU or found.code != INTEGER or found.bits != 64 or found.ndim:
+        return False
+    (<int64_t*>(<char*>found.data + found.offset))[0] += 1
+    return True
 
 
 cdef object tensor_of(cnp.ndarray array, cnp.ndarray like=None):

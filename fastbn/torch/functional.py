@@ -74,16 +74,16 @@ def _normalize(
     each = each and own
     given = mean is not None and var is not None
     ours = momentum is not None and (given or (own and mean is None and var is None))
-    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
-        ours = ours and not is_exporting() and fits(x, residual, weight, bias, mean, var)
+    if is_watched():
+        compiling = torch.compiler.is_dynamo_compiling()  # which cannot ask for a trace
+        ours = ours and not is_exporting() and (compiling or not torch._C._is_tracing())
+        ours = ours and fits(x, residual, weight, bias, mean, var)
         if ours and has_enough(x, own, each) and 0 < eps < inf:
             return library.normalize(
                 x, weight, bias, mean, var, residual, own, each, momentum, eps, activation
             )
-    elif ours and not (  # tensors stand for something else: of torch.func, forward mode, a trace
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+    elif ours and not (  # torch.func or forward mode, whose tensors stand for others
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
         follow_num_threads(torch.get_num_threads())
         found = entry.forward_tensors(
@@ -97,6 +97,16 @@ def _normalize(
             return result
     y = of_torch(x, mean, var, weight, bias, own, momentum, eps)
     return followed_by(y, residual, activation)
+
+
+def is_watched() -> bool:
+    """Whether somebody has to see the operators: torch.compile, a mode or a trace."""
+    watched: bool = (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )
+    return watched
 
 
 def followed_by(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
@@ -119,7 +129,7 @@ def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
     given = [value for value in values if value is not None]
     tensors = (x, *given) if residual is None else (x, residual, *given)
     kinds = {value.dtype for value in given}
-    fitting: bool = (
+    return bool(
         all(type(t) in PLAIN and t.is_cpu and t.layout is torch.strided for t in tensors)
         and x.dim() >= 2
         and x.dtype in arrays.FLOATS
@@ -127,7 +137,6 @@ def fits(x: Tensor, residual: Tensor | None, *values: Tensor | None) -> bool:
         and all(value.shape == (x.shape[1],) for value in given)
         and (kinds <= {x.dtype} or (kinds == {torch.float32} and x.element_size() == 2))
     )
-    return fitting
 
 
 class _Norm(torch.autograd.Function):
@@ -143,18 +152,16 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # once_differentiable alone costs as much as a small norm
-            once: tuple[Tensor | None, ...] = _once(ctx, dy, x)
-            return once
-        gradients: tuple[Tensor | None, ...]
-        gradients = entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
+        # once_differentiable alone costs as much as a small norm.
+        function = _once if torch.is_grad_enabled() else _backward
+        gradients: tuple[Tensor | None, ...] = function(ctx, dy, x)
         return gradients
 
 
-@once_differentiable
-def _once(ctx: Any, dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
     return entry.backward_tensors(dy, x, ctx.done, ctx.needs_input_grad)
 
 
+_once = once_differentiable(_backward)
 # Without what torch.autograd.Function.apply does for torch.func, which is not active here.
 _apply = super(torch.autograd.Function, _Norm).apply

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbn import checks
-from fastbn.functional import Activation
-from fastbn.torch.functional import batch_norm, instance_norm
+from fastbn.functional import Activation, entry
+from fastbn.torch.functional import batch_norm, instance_norm, is_watched
 
 
 class _Norm(nn.Module):
@@ -37,9 +37,12 @@ class _BatchNorm(_Norm):
             if not self.track_running_stats:
                 mean = var = None
             elif self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+                tracked = self.num_batches_tracked
+                # add_ takes as long as a small norm, but what watches operators has to see it.
+                if is_watched() or not entry.count_up(tracked):
+                    tracked.add_(1)
                 if weight is None:
-                    weight = 1.0 / float(self.num_batches_tracked)
+                    weight = 1.0 / float(tracked)
         return self._batch_norm(
             input, mean, var, self.weight, self.bias, own, 0.0 if weight is None else weight,
             self.eps, activation=self.activation, residual=residual,
