@@ -43,7 +43,7 @@ def told(objects):
     )
 
 
-def refused(path, objects):
+def check_refused(path, objects):
     """Expect an error that names the file, and objects as they were."""
     before = told(objects)
     with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -103,14 +103,14 @@ HEADERS = {
 def test_a_header_that_lies(name, tmp_path):
     path = tmp_path / "run.safetensors"
     path.write_bytes(file_of(HEADERS[name]))
-    refused(path, fresh())
+    check_refused(path, fresh())
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 2**31, 2**63, 2**64 - 1])
 def test_a_header_of_another_length_than_it_says(length, tmp_path):
     path = tmp_path / "run.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + b'{"bn.weight": 1}')
-    refused(path, fresh())
+    check_refused(path, fresh())
 
 
 STATES = {
@@ -128,7 +128,7 @@ def test_a_state_that_no_layer_has(name, tmp_path):
     stored.save_file(state, path)
     fastbn.load(path, {"bn": fastbn.BatchNorm(2)})  # this one fits
     stored.save_file({**state, f"bn.{key}": np.ascontiguousarray(value)}, path)
-    refused(path, {"bn": fastbn.BatchNorm(2)})
+    check_refused(path, {"bn": fastbn.BatchNorm(2)})
 
 
 def test_nan_is_loaded_where_a_run_may_have_left_it_and_refused_elsewhere(tmp_path):
@@ -141,7 +141,7 @@ def test_nan_is_loaded_where_a_run_may_have_left_it_and_refused_elsewhere(tmp_pa
     state = {**objects["adam"].state_dict(), "lr": np.nan}
     forged = SimpleNamespace(state_dict=lambda: state, load_state_dict=state.update)
     fastbn.save(path, {"bn": objects["bn"], "adam": forged})
-    refused(path, others)
+    check_refused(path, others)
 
 
 # ------------------------------------------------------------------------------- folders of runs
