@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import pickle
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -253,6 +254,25 @@ def test_the_limit_is_a_share_of_the_memory(bytes_granted, expected):
         "import fastbn; print(fastbn.set_recycling(0))"
     )
     assert python(code).stdout.strip() == str(expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_a_result_that_does_not_fit_is_a_memory_error():
+    code = """
+import resource
+import numpy as np, fastbn
+x = np.zeros((1 << 26, 4), np.float32)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + x.nbytes // 2, -1))
+for _ in range(3):
+    try:
+        fastbn.batch_norm_inference(x, np.zeros(4), np.ones(4))
+    except MemoryError:
+        print("refused")
+print(fastbn.batch_norm(x[:20_000])[0].shape)
+"""
+    result = python(code, FASTBN_NUM_THREADS="1")
+    assert result.stdout.split("\n")[:4] == ["refused"] * 3 + ["(20000, 4)"], result.stderr
 
 
 def test_no_block_is_kept_by_anything_but_its_arrays():

@@ -40,7 +40,8 @@ cdef class Block:
     cdef cnp.ndarray memory
 
     def __del__(self):
-        keep(self.memory)
+        if self.memory is not None:  # there was enough for it
+            keep(self.memory)
 
 
 cdef void count(Py_ssize_t bytes):
