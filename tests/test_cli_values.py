@@ -132,6 +132,7 @@ def check_end(argv, folder, capsys):
     before = contents(folder)
     try:
         status, _, err = run(argv, capsys)
+        err = re.sub(r"\r[^\n]*\r", "", err)  # the bar, which --mpi shows beside any terminal
         if status == 2:
             assert re.fullmatch(r"fastbn \w+: error: [^\n]+\n", err)
             assert contents(folder) == before or "the loss is not finite" in err

@@ -123,7 +123,8 @@ def test_a_search_all_of_whose_workers_end_is_over_soon(tmp_path):
     objective = Ending(str(tmp_path / "log"), ("exits",))
     with pytest.raises(DemoError, match=r"objective: trials given up: 3, .*: no GPU"):
         quiet(objective, trials=100, workers=2)
-    assert len(begun(tmp_path / "log")) <= 10  # three trials, three times, and one was begun
+    # Three trials, three times, and what the other worker has begun meanwhile; not 300.
+    assert len(begun(tmp_path / "log")) <= 30
 
 
 def test_an_error_that_cannot_say_what_is_wrong():
